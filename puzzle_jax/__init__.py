@@ -1,0 +1,23 @@
+"""Puzzle in JAX: distillation-based architecture search for inference-optimised language models.
+
+run = puzzle_jax.run(config, "runs/mine")    # or open_run("runs/mine")
+print(run.child.chat("What is a neutron star?"))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from puzzle_jax.errors import PuzzleError
+
+if TYPE_CHECKING:
+  from puzzle_jax.pipeline import Run, open_run, run
+
+__all__ = ["PuzzleError", "Run", "open_run", "run"]
+
+
+def __getattr__(name: str) -> Any:
+  # Lazily: `puzzle_jax.serving` and `puzzle_jax.arch` are to be had without JAX.
+  if name in ("Run", "open_run", "run"):
+    from puzzle_jax import pipeline
+
+    return getattr(pipeline, name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,296 @@
+"""The only module that writes to a work directory: whole files or none, checksums, locks (docs/architecture.md).
+
+A work directory holds one folder a stage. A folder's `manifest.json` names the key it was made for (the part of the
+config and the content of the inputs that it depends on) and the digest of every file that is finished. A file that is
+not in the manifest does not exist, whatever lies on the disk: it is what a killed run left behind.
+
+Two digests a file: `sha256` of its bytes finds corruption; `content` leaves out JSON's `timing` key, so that two runs
+that differ in nothing but measured wall times count as the same.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from puzzle_jax.errors import PuzzleError
+
+MANIFEST = "manifest.json"
+
+
+class CorruptFileError(PuzzleError):
+  """A file of a work directory does not have the checksum that was recorded when it was written."""
+
+
+def _canonical(data: Any) -> bytes:
+  return json.dumps(data, sort_keys=True, allow_nan=False).encode()
+
+
+def digest(data: Any) -> str:
+  """Hex SHA-256 of a JSON value, without any `timing` key of its top level."""
+  if isinstance(data, Mapping):
+    data = {k: v for k, v in data.items() if k != "timing"}
+  return hashlib.sha256(_canonical(data)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+  """Hex SHA-256 of a file's bytes."""
+  with path.open("rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Yields a path beside `path` to write (a file, or a folder that the body makes); renames it over at the end.
+
+  Raises:
+    PuzzleError: no space left, with the free bytes.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    yield aside
+    for file in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+      _sync(file)
+    if aside.is_dir() and path.exists():
+      shutil.rmtree(path)
+    aside.replace(path)
+    _sync(path.parent)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    free = shutil.disk_usage(path.parent).free
+    raise PuzzleError(
+      f"no space left while writing {path} ({free / 2**20:.0f} MiB free); make room and start again: "
+      "what is finished is kept"
+    ) from e
+  finally:
+    if aside.is_dir():
+      shutil.rmtree(aside, ignore_errors=True)
+    else:
+      aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+  """Writes a JSON file, whole or not at all."""
+  with replacing(path) as aside:
+    aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    raise CorruptFileError(f"{path} is not JSON ({e}); delete it and start again") from e
+
+
+class StageStore:
+  """The folder of one stage. Files are named by relative paths such as `layer_07.safetensors`."""
+
+  def __init__(self, root: Path):
+    self.root = root
+    path = root / MANIFEST
+    self._manifest: dict[str, Any] = read_json(path) if path.exists() else {"key": None, "files": {}, "done": False}
+
+  @property
+  def key(self) -> Any:
+    """What the folder was made for, or None."""
+    return self._manifest["key"]
+
+  @property
+  def done(self) -> bool:
+    return self._manifest["done"]
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """What `finish` recorded (versions, timing)."""
+    return self._manifest.get("record", {})
+
+  @property
+  def names(self) -> list[str]:
+    """The finished files."""
+    return sorted(self._manifest["files"])
+
+  @property
+  def size(self) -> int:
+    """Bytes of the finished files."""
+    return sum(f["bytes"] for f in self._manifest["files"].values())
+
+  def _save(self) -> None:
+    write_json(self.root / MANIFEST, self._manifest)
+
+  def begin(self, key: Any) -> None:
+    """Makes the folder one for `key`: what was made for another key, or left half-written, goes."""
+    key = json.loads(_canonical(key))
+    if self.key != key:
+      if self.root.exists():
+        shutil.rmtree(self.root)
+      self._manifest = {"key": key, "files": {}, "done": False}
+    for part in self.root.rglob(".*.part") if self.root.exists() else ():
+      shutil.rmtree(part) if part.is_dir() else part.unlink()
+    self._manifest["done"] = False
+    self._save()
+
+  def finish(self, record: Mapping[str, Any]) -> None:
+    """Marks the stage as done, with versions and timing."""
+    self._manifest |= {"done": True, "record": dict(record)}
+    self._save()
+
+  def missing(self) -> list[str]:
+    """Recorded files that are gone or of another size (checksums are verified when a file is read)."""
+
+    def broken(name: str, info: Mapping[str, Any]) -> bool:
+      path = self.root / name
+      return not path.is_file() or path.stat().st_size != info["bytes"]
+
+    return [name for name, info in self._manifest["files"].items() if broken(name, info)]
+
+  def content(self) -> str:
+    """Digest of everything that the stage made, timing left out: the key of the stages that read it."""
+    return digest({name: info["content"] for name, info in self._manifest["files"].items()})
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._manifest["files"] and (self.root / name).is_file()
+
+  def _forget(self, name: str) -> None:
+    if self._manifest["files"].pop(name, None) is not None:
+      self._save()
+
+  def _record(self, *names: str) -> None:
+    for name in names:
+      path = self.root / name
+      sha = file_digest(path)
+      content = digest(read_json(path)) if path.suffix == ".json" else sha
+      self._manifest["files"][name] = {"sha256": sha, "content": content, "bytes": path.stat().st_size}
+    self._save()
+
+  def put_json(self, name: str, data: Any) -> None:
+    """Writes a JSON file; its top-level key `timing` does not count as content."""
+    self._forget(name)
+    write_json(self.root / name, data)
+    self._record(name)
+
+  def put_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays as a safetensors file."""
+    self._forget(name)
+    contiguous = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    with replacing(self.root / name) as aside:
+      safetensors.numpy.save_file(contiguous, aside)
+    self._record(name)
+
+  def put_text(self, name: str, text: str) -> None:
+    self._forget(name)
+    with replacing(self.root / name) as aside:
+      aside.write_text(text, encoding="utf-8")
+    self._record(name)
+
+  @contextlib.contextmanager
+  def put_folder(self, name: str) -> Iterator[Path]:
+    """Yields an empty folder to fill; it becomes `name` when the body ends well."""
+    for old in [n for n in self.names if n.startswith(f"{name}/")]:
+      self._forget(old)
+    with replacing(self.root / name) as aside:
+      aside.mkdir()
+      yield aside
+    files = sorted(p.relative_to(self.root).as_posix() for p in (self.root / name).rglob("*") if p.is_file())
+    self._record(*files)
+
+  def path(self, name: str) -> Path:
+    """The path of a finished file, its checksum verified.
+
+    Raises:
+      CorruptFileError: the file is not what was written, or not there.
+    """
+    path = self.root / name
+    info = self._manifest["files"].get(name)
+    if info is None or not path.is_file() or file_digest(path) != info["sha256"]:
+      self._forget(name)
+      self._manifest["done"] = False
+      if self.root.exists():
+        self._save()
+      raise CorruptFileError(f"{path} is missing or corrupt (checksum); start again: it will be made anew")
+    return path
+
+  def get_json(self, name: str) -> Any:
+    return read_json(self.path(name))
+
+  def get_arrays(self, name: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(self.path(name))
+
+
+class Workdir:
+  """A run's directory."""
+
+  def __init__(self, root: str | os.PathLike[str]):
+    self.root = Path(root)
+
+  def stage(self, name: str) -> StageStore:
+    return StageStore(self.root / name)
+
+  def scratch(self, name: str) -> Path:
+    """A folder for what a library manages itself (checkpoints); no checksums of ours."""
+    path = self.root / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Holds the directory for this process; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+      PuzzleError: another process holds it (says which), or the directory cannot be written.
+    """
+    try:
+      self.root.mkdir(parents=True, exist_ok=True)
+      handle = (self.root / "lock").open("a+")
+    except OSError as e:
+      raise PuzzleError(f"work directory {self.root} cannot be written ({e.strerror}); choose another --workdir") from e
+    with handle:
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        raise PuzzleError(f"work directory {self.root} is in use by {holder}; wait for it or use another") from None
+      handle.truncate(0)
+      handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+      handle.flush()
+      yield
+
+  def require_space(self, needed: int) -> None:
+    """Raises PuzzleError when fewer than `needed` bytes are free."""
+    probe = self.root
+    while not probe.exists():
+      probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed:
+      raise PuzzleError(
+        f"work directory {self.root} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+        "make room or choose another --workdir"
+      )
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+  """A folder for intermediate files that nothing reads again."""
+  return tempfile.TemporaryDirectory(prefix="puzzle_jax-")
