@@ -1,0 +1,150 @@
+"""What each subblock variant costs where the child will run (paper section 4): seconds, and bytes by arithmetic.
+
+A `CostTable` holds seconds by subblock, scenario and batch, and a fixed part that no block owns (embedding, LM head,
+the host's work). `block_table` joins it with scores to the table that the search reads.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from puzzle_jax.arch import Architecture, Subblock
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.space import Space
+
+FORMAT = "puzzle-costs/1"
+
+Seconds = dict[str, float]  # prefill_s and decode_s of a whole scenario for a whole batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+  """Requests of `input_tokens` that are answered with `output_tokens`."""
+
+  name: str
+  input_tokens: int
+  output_tokens: int
+
+  def __post_init__(self) -> None:
+    if self.input_tokens < 1 or self.output_tokens < 1:
+      raise PuzzleError(f"scenario {self.name}: input and output tokens must be at least 1, got {self}")
+
+  @property
+  def tokens(self) -> int:
+    return self.input_tokens + self.output_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class CostTable:
+  """Measured seconds.
+
+  Attributes:
+    backend: what measured them, such as `jax`.
+    hardware: the machine.
+    versions: of the software.
+    bytes_per_value: of weights and KV cache as deployed.
+    scenarios: measured.
+    subblocks: by variant name, scenario and batch.
+    fixed: by scenario and batch.
+    details: how it was measured: raw times, spreads, residuals.
+  """
+
+  backend: str
+  hardware: str
+  versions: dict[str, str]
+  bytes_per_value: int
+  scenarios: tuple[Scenario, ...]
+  subblocks: dict[str, dict[str, dict[str, Seconds]]]
+  fixed: dict[str, dict[str, Seconds]]
+  details: dict[str, Any]
+
+  def to_json(self) -> dict[str, Any]:
+    return {"format": FORMAT} | dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "CostTable":
+    """Inverse of `to_json`.
+
+    Raises:
+      PuzzleError: another format or missing keys.
+    """
+    if data.get("format") != FORMAT:
+      raise PuzzleError(f"cost table: format {data.get('format')!r} is not {FORMAT!r}")
+    fields = {k: v for k, v in data.items() if k != "format"}
+    try:
+      return cls(**fields | {"scenarios": tuple(Scenario(**s) for s in fields["scenarios"])})
+    except (KeyError, TypeError) as e:
+      raise PuzzleError(f"cost table: {e}; expected the keys that CostTable.to_json writes") from e
+
+  def seconds(self, subblock: Subblock, scenario: str, batch: str) -> Seconds:
+    """Of a subblock.
+
+    Raises:
+      PuzzleError: it was not measured (names what was).
+    """
+    name = subblock.id
+    if name not in self.subblocks:
+      raise PuzzleError(f"cost table has no {name}; it has {', '.join(sorted(self.subblocks))}: measure the costs anew")
+    return self.subblocks[name][scenario][batch]
+
+  def predict(self, architecture: Architecture, scenario: str, batch: str) -> Seconds:
+    """Seconds of a whole model: the fixed part and the sum of its subblocks."""
+    total = dict(self.fixed[scenario][batch])
+    for block in architecture.blocks:
+      for subblock in block.subblocks:
+        for phase, value in self.seconds(subblock, scenario, batch).items():
+          total[phase] += value
+    return total
+
+
+def block_table(
+  parent: Architecture, space: Space, scores: Sequence[Mapping[str, tuple[float, float]]], costs: CostTable
+) -> dict[str, Any]:
+  """The `puzzle-block-table/1` that the search reads; a block without a score is left out.
+
+  Args:
+    parent: the parent's architecture.
+    space: the search space.
+    scores: a layer each: score and standard error by block name.
+    costs: of every subblock of the space.
+  """
+  config, width = parent.config, costs.bytes_per_value
+  batches = {s.name: sorted(costs.fixed[s.name], key=int) for s in costs.scenarios}
+  layers = []
+  for layer, layer_scores in zip(space.layers, scores, strict=True):
+    variants = []
+    for block in layer.blocks:
+      if block.name not in layer_scores:
+        continue
+      score, stderr = layer_scores[block.name]
+      seconds = {
+        scenario: {
+          batch: {
+            phase: sum(costs.seconds(s, scenario, batch)[phase] for s in block.subblocks)
+            for phase in ("prefill_s", "decode_s")
+          }
+          for batch in scenario_batches
+        }
+        for scenario, scenario_batches in batches.items()
+      }
+      variants.append(
+        {
+          "attention": block.attention.name,
+          "ffn": block.ffn.name,
+          "parent": block == layer.parent,
+          "score": score,
+          "score_stderr": stderr,
+          "params": block.num_params(config),
+          "param_bytes": block.num_params(config) * width,
+          "kv_bytes_per_token": block.kv_bytes_per_token(config, bytes_per_value=width),
+          "costs": seconds,
+        }
+      )
+    layers.append({"variants": variants})
+  head_params = parent.num_params() - sum(b.num_params(config) for b in parent.blocks)
+  return {
+    "format": "puzzle-block-table/1",
+    "scenarios": {s.name: {"input_tokens": s.input_tokens, "output_tokens": s.output_tokens} for s in costs.scenarios},
+    "fixed": {"params": head_params, "param_bytes": head_params * width, "costs": costs.fixed},
+    "layers": layers,
+  }

@@ -1,0 +1,65 @@
+"""Perplexity of parent and child, and KL(parent ‖ child), on held-out text."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puzzle_jax import data, divergence
+from puzzle_jax.arch import Architecture
+from puzzle_jax.model import decoder
+from puzzle_jax.scoring import mean_and_error
+
+Model = tuple[Architecture, Any]
+
+
+@functools.partial(jax.jit, static_argnames=("child", "parent"))
+def _rows(
+  child: Architecture, child_params: Any, parent: Architecture, parent_params: Any, batch: data.Batch
+) -> dict[str, jax.Array]:
+  """KL and negative log likelihoods of both, summed over each row, and each row's number of predicted tokens."""
+  mask_BT = data.target_mask(batch.segment_ids)
+  targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
+  hidden, heads = {}, {}
+  for name, architecture, params in (("child", child, child_params), ("parent", parent, parent_params)):
+    out = decoder.apply(architecture, params, batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids)
+    hidden[name], heads[name] = out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(params)
+  kl_T, nll_T = divergence.kl_and_nll((hidden["child"], heads["child"]), (hidden["parent"], heads["parent"]), targets_T)
+  _, parent_nll_T = divergence.kl_and_nll(
+    (hidden["parent"], heads["parent"]), (hidden["parent"], heads["parent"]), targets_T
+  )
+  values = {"kl": kl_T, "child": nll_T, "parent": parent_nll_T}
+  return {k: jnp.sum(v.reshape(mask_BT.shape) * mask_BT, axis=1) for k, v in values.items()} | {
+    "tokens": jnp.sum(mask_BT, axis=1)
+  }
+
+
+def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows: int) -> dict[str, float]:
+  """Quality of a child on packed rows.
+
+  Args:
+    child: architecture and parameters.
+    parent: the same.
+    packed: held-out rows.
+    batch_rows: rows on the device at once.
+
+  Returns:
+    `kl` (nats a token) with `kl_stderr` over rows, `perplexity`, `parent_perplexity` and `tokens`.
+  """
+  sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
+  for start in range(0, len(packed.tokens), batch_rows):
+    rows = slice(start, start + batch_rows)
+    batch = data.Batch(packed.tokens[rows], packed.segment_ids[rows], packed.positions[rows])
+    for name, values in jax.device_get(_rows(*child, *parent, batch)).items():
+      sums[name] += np.asarray(values, np.float64).tolist()
+  tokens = np.array(sums["tokens"])
+  kl, kl_stderr = mean_and_error(np.array(sums["kl"]), tokens)
+  return {
+    "kl": kl,
+    "kl_stderr": kl_stderr,
+    "perplexity": float(np.exp(np.sum(sums["child"]) / tokens.sum())),
+    "parent_perplexity": float(np.exp(np.sum(sums["parent"]) / tokens.sum())),
+    "tokens": float(tokens.sum()),
+  }

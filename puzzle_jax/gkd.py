@@ -1,0 +1,209 @@
+"""Global knowledge distillation (paper section 6): the assembled child trained end to end against the parent.
+
+loss = cosine + KL (default): the sum over layers of 1 − cos(h_child, h_parent) of the hidden states, and
+KL(parent ‖ child) of the next-token distributions; the LM loss is left out on purpose. The parent runs online, outside
+the gradient.
+Checkpoints (orbax) hold weights, optimiser state, loss history and the data iterator, so that a killed run goes on to
+the same child.
+"""
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from puzzle_jax import data, divergence
+from puzzle_jax.arch import Architecture
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.model import decoder
+from puzzle_jax.progress import Progress
+
+METRICS = ("loss", "kl", "cosine", "lm", "gradient_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class GKDConfig:
+  """How the child is trained.
+
+  Attributes:
+    steps: optimiser steps; 0 leaves the child as it is assembled.
+    batch_rows: packed rows a step.
+    learning_rate: peak of warm-up and cosine.
+    warmup_steps: of the learning rate.
+    weight_decay: AdamW's.
+    clip_norm: of the whole gradient.
+    cosine_weight, kl_weight, lm_weight: the mix of losses.
+    checkpoint_steps: steps between checkpoints.
+    seed: of the order of rows.
+  """
+
+  steps: int = 100
+  batch_rows: int = 2
+  learning_rate: float = 2e-4
+  warmup_steps: int = 10
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  cosine_weight: float = 1.0
+  kl_weight: float = 1.0
+  lm_weight: float = 0.0
+  checkpoint_steps: int = 50
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
+      raise PuzzleError(f"gkd: steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed; got {self}")
+    if min(self.cosine_weight, self.kl_weight, self.lm_weight) < 0 or not (
+      self.cosine_weight + self.kl_weight + self.lm_weight
+    ):
+      raise PuzzleError("gkd: the loss weights must not be negative, and one of them must be above 0")
+
+  def optimizer(self) -> optax.GradientTransformation:
+    warmup = min(self.warmup_steps, self.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.steps, 1))
+    return optax.chain(
+      optax.clip_by_global_norm(self.clip_norm), optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay)
+    )
+
+
+@flax.struct.dataclass
+class State:
+  """What a checkpoint holds.
+
+  Attributes:
+    params: the child's, fp32.
+    optimizer: optax's state.
+    step: done so far.
+    history: [steps, len(METRICS)] fp32.
+  """
+
+  params: Any
+  optimizer: Any
+  step: jax.Array
+  history: jax.Array
+
+
+def _forward(architecture: Architecture, params: Any, batch: data.Batch, *, remat: bool) -> decoder.Output:
+  return decoder.apply(
+    architecture,
+    params,
+    batch.tokens,
+    positions_BT=batch.positions,
+    segments_BT=batch.segment_ids,
+    remat=remat,
+  )
+
+
+def losses(
+  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.Batch, *, remat: bool = True
+) -> dict[str, jax.Array]:
+  """Mean KL, LM loss (nats a token) and the summed cosine distance of the hidden states."""
+  out = _forward(*child, batch, remat=remat)
+  teacher = jax.lax.stop_gradient(_forward(*parent, batch, remat=False))
+  mask_T = data.target_mask(batch.segment_ids).reshape(-1)
+  count = jnp.maximum(jnp.sum(mask_T), 1)
+  targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
+  kl_T, nll_T = divergence.kl_and_nll(
+    (out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(child[1])),
+    (teacher.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(jax.lax.stop_gradient(parent[1]))),
+    targets_T,
+  )
+  a, b = out.layers_LBTD.astype(jnp.float32), teacher.layers_LBTD.astype(jnp.float32)
+  norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+  cosine_LBT = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
+  real_BT = batch.segment_ids > 0
+  distance = jnp.sum((1 - cosine_LBT) * real_BT) / jnp.maximum(jnp.sum(real_BT), 1)
+  return {"kl": jnp.sum(kl_T * mask_T) / count, "lm": jnp.sum(nll_T * mask_T) / count, "cosine": distance}
+
+
+@functools.partial(jax.jit, static_argnames=("child", "parent", "config"), donate_argnames="state")
+def train_step(
+  state: State, batch: data.Batch, parent_params: Any, *, child: Architecture, parent: Architecture, config: GKDConfig
+) -> State:
+  """One AdamW step; its metrics go into the history."""
+
+  def total(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    parts = losses((child, params), (parent, parent_params), batch)
+    loss = config.cosine_weight * parts["cosine"] + config.kl_weight * parts["kl"] + config.lm_weight * parts["lm"]
+    return loss, parts
+
+  (loss, parts), gradient = jax.value_and_grad(total, has_aux=True)(state.params)
+  updates, optimizer = config.optimizer().update(gradient, state.optimizer, state.params)
+  metrics = parts | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+  row = jnp.stack([metrics[name] for name in METRICS])
+  return State(
+    params=optax.apply_updates(state.params, updates),
+    optimizer=optimizer,
+    step=state.step + 1,
+    history=state.history.at[state.step].set(row),
+  )
+
+
+def train(
+  child: tuple[Architecture, Any],
+  parent: tuple[Architecture, Any],
+  packed: data.PackedText,
+  *,
+  config: GKDConfig,
+  folder: Path,
+  progress: Progress,
+) -> tuple[Any, list[dict[str, float]]]:
+  """Trains the child and returns its parameters and the metrics of each step.
+
+  Args:
+    child: architecture and "layers" parameters.
+    parent: the same of the parent.
+    packed: training rows.
+    config: how.
+    folder: for checkpoints; a run that finds some goes on from the last.
+    progress: for the bar.
+
+  Raises:
+    PuzzleError: the loss is not finite; names the step and keeps the last good checkpoint.
+  """
+  if config.steps == 0:
+    return child[1], []
+  # The step donates its input: copy, so that the caller's parameters stay valid.
+  params = jax.tree.map(jnp.copy, decoder.stacked(*child))
+  parent_params = decoder.stacked(*parent)
+  history = jnp.zeros((config.steps, len(METRICS)))
+  state = State(params, config.optimizer().init(params), jnp.zeros((), jnp.int32), history)
+  iterator = data.batches(packed, batch_size=config.batch_rows, seed=config.seed)
+  with ocp.training.Checkpointer(
+    folder.absolute(),
+    save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(config.checkpoint_steps),
+    preservation_policy=ocp.training.preservation_policies.LatestN(1),
+    cleanup_tmp_directories=True,
+  ) as checkpoints:
+    if checkpoints.latest is not None:
+      state = checkpoints.load(abstract_state=jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
+      iterator.set_state(checkpoints.metadata().custom_metadata["iterator"])
+      progress.say(f"gkd: resumed after step {int(state.step)}")
+    with progress.bar("gkd", total=config.steps, unit="step") as bar:
+      bar.update(int(state.step))
+      for step in range(int(state.step), config.steps):
+        state = train_step(state, next(iterator), parent_params, child=child[0], parent=parent[0], config=config)
+        loss, kl = (float(state.history[step, METRICS.index(name)]) for name in ("loss", "kl"))
+        if not np.isfinite(loss):
+          raise PuzzleError(
+            f"gkd: the loss of step {step + 1} is {loss}; the last good checkpoint is kept in {folder}; "
+            f"lower gkd.learning_rate ({config.learning_rate}) and start again"
+          )
+        bar.set_postfix_str(f"loss {loss:.3f}, KL {kl:.3f}")
+        bar.update()
+        if step + 1 < config.steps:
+          checkpoints.save(step + 1, state, custom_metadata={"iterator": iterator.get_state()})
+  rows = np.asarray(state.history, np.float64)
+  return decoder.unstacked(child[0], state.params), [dict(zip(METRICS, row.tolist(), strict=True)) for row in rows]
+
+
+def forget_checkpoints(folder: Path) -> None:
+  """Deletes the checkpoints of a finished or superseded training."""
+  shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""A model ready to use: architecture, parameters and tokenizer together."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puzzle_jax.arch import Architecture
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.model import decoder
+from puzzle_jax.parents import open_parent
+from puzzle_jax.tokenizer import Tokenizer
+
+# Prompts and caches are rounded up to these numbers of tokens, so that few programs are compiled.
+_PROMPT_STEP, _CACHE_STEP = 32, 128
+
+
+def prompt_length(tokens: int) -> int:
+  """Tokens that a prompt is padded to."""
+  return tokens + -tokens % _PROMPT_STEP
+
+
+def cache_length(tokens: int) -> int:
+  """Cache slots for a prompt and its answer."""
+  return tokens + -tokens % _CACHE_STEP
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "dtype"), donate_argnames="cache")
+def decode_step(
+  architecture: Architecture,
+  params: decoder.Tree,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  last_B: jax.Array,
+  cache: list[Any],
+  *,
+  dtype: Any = jnp.float32,
+) -> tuple[jax.Array, list[Any]]:
+  """Logits [B, V] after column `last_B` of the tokens, and the cache with all of them: prefill and decoding alike.
+
+  Columns behind `last_B` are padding: later steps overwrite their slots before anything attends to them.
+  """
+  out = decoder.apply(architecture, params, tokens_BT, positions_BT=positions_BT, cache=cache, dtype=dtype)
+  assert out.cache is not None
+  hidden_B1D = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
+  return decoder.logits(params, hidden_B1D)[:, 0], out.cache
+
+
+@jax.jit
+def _sample(logits_BV: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
+  drawn = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
+  return jnp.where(temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def to_device(params: Mapping[str, Any], *, dtype: Any = jnp.float32) -> decoder.Tree:
+  """Parameters as JAX arrays of `dtype`."""
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype), dict(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A parent or a child.
+
+  Attributes:
+    architecture: the description.
+    params: the "layers" form of `model.decoder`.
+    tokenizer: of the parent.
+  """
+
+  architecture: Architecture
+  params: decoder.Tree
+  tokenizer: Tokenizer
+
+  @classmethod
+  def open(cls, source: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> "LanguageModel":
+    """Opens all that `--config.parent` takes: a Hugging Face directory or id, a GGUF file, a child's directory."""
+    parent = open_parent(os.fspath(source))
+    params = parent.head() | {"layers": [parent.layer(i) for i in range(parent.architecture.num_layers)]}
+    return cls(parent.architecture, to_device(params, dtype=dtype), parent.tokenizer())
+
+  def generate_ids(
+    self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+  ) -> list[int]:
+    """The continuation of a prompt, up to `max_new_tokens` ids or a stop id (not included).
+
+    Raises:
+      PuzzleError: an empty prompt, or prompt and answer longer than the model's context.
+    """
+    total, limit = len(prompt) + max_new_tokens, self.architecture.config.max_context
+    if not prompt or total > limit:
+      raise PuzzleError(
+        f"prompt of {len(prompt)} and answer of {max_new_tokens} tokens must have 1 to {limit} together"
+      )
+    padding = prompt_length(len(prompt)) - len(prompt)
+    cache = decoder.empty_cache(self.architecture, batch=1, length=cache_length(total))
+    tokens = jnp.asarray([[*prompt, *[0] * padding]], jnp.int32)
+    positions = jnp.arange(len(prompt) + padding)[None]
+    last = jnp.asarray([len(prompt) - 1])
+    key = jax.random.key(seed)
+    answer: list[int] = []
+    while len(answer) < max_new_tokens:
+      logits, cache = decode_step(self.architecture, self.params, tokens, positions, last, cache)
+      token = _sample(logits, temperature, jax.random.fold_in(key, len(answer)))
+      if int(token[0]) in self.tokenizer.stop_ids:
+        break
+      answer.append(int(token[0]))
+      tokens, positions, last = token[:, None], jnp.asarray([[len(prompt) + len(answer) - 1]]), jnp.asarray([0])
+    return answer
+
+  def generate(self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+    """The text that follows `prompt`; temperature 0 is greedy."""
+    ids = self.tokenizer.encode(prompt)
+    answer = self.generate_ids(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return self.tokenizer.decode(answer)
+
+  def chat(
+    self,
+    messages: str | Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+  ) -> str:
+    """The assistant's answer, through the parent's chat template; a string is one user message."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    ids = self.tokenizer.encode(self.tokenizer.render_chat(turns), add_special=False)
+    answer = self.generate_ids(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return self.tokenizer.decode(answer)
+
+  def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    """Next-token logits [B, T, V], fp32."""
+    return np.asarray(_logits(self.architecture, self.params, jnp.asarray(tokens_BT)))
+
+
+@functools.partial(jax.jit, static_argnames="architecture")
+def _logits(architecture: Architecture, params: decoder.Tree, tokens_BT: jax.Array) -> jax.Array:
+  return decoder.logits(params, decoder.apply(architecture, params, tokens_BT).hidden_BTD)

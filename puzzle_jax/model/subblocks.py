@@ -1,0 +1,214 @@
+"""Flax definitions of the subblock kinds of `arch`: pure functions of (params, x), residual not included.
+
+Weights are declared by the spec (`Subblock.tensors`), so a module only says what is computed. Letters: B batch,
+T query tokens, S key/value tokens, N query heads, K KV heads, H head size, D hidden, F FFN width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from puzzle_jax import arch
+
+Params = dict[str, jax.Array]
+Cache = dict[str, jax.Array]  # k and v [B, S, K, H]; empty for kinds without one
+
+
+@flax.struct.dataclass
+class Context:
+  """Where the tokens stand: what attention needs besides x.
+
+  Attributes:
+    positions_BT: position of each token in its document; with a cache also the slot that it takes.
+    cos_BTH, sin_BTH: rotary tables, fp32.
+    segments_BT: document of each token (0: padding), or None for one document a row, which is the fast path.
+  """
+
+  positions_BT: jax.Array
+  cos_BTH: jax.Array
+  sin_BTH: jax.Array
+  segments_BT: jax.Array | None = None
+
+
+def dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """`einsum` in x's dtype; fp32 means fp32, where GPUs would otherwise take TF32."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
+  """RMS norm, computed in fp32, returned in x's dtype."""
+  x = x_BTD.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+  return (x * scale_D).astype(x_BTD.dtype)
+
+
+def rope_tables(config: arch.ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin [B, T, H] in fp32, halves repeated (the checkpoints' rotate-half convention)."""
+  frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+  if (s := config.rope_scaling) is not None:
+    wavelength = 2 * jnp.pi / frequencies
+    smooth = (s.original_max_context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: long waves, scaled in full; 1: short waves, left alone
+    frequencies = frequencies * ((1 - smooth) / s.factor + smooth)
+  angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+  angles = jnp.concatenate([angles, angles], axis=-1)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BTNH: jax.Array, context: Context) -> jax.Array:
+  x = x_BTNH.astype(jnp.float32)
+  first, second = jnp.split(x, 2, axis=-1)
+  rotated = jnp.concatenate([-second, first], axis=-1)
+  out = x * context.cos_BTH[:, :, None] + rotated * context.sin_BTH[:, :, None]
+  return out.astype(x_BTNH.dtype)
+
+
+def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
+  """Softmax attention; without a mask it is causal, and on GPUs flash attention (the dense mask is the exact path)."""
+  if mask_BTS is not None:
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+  fast = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
+  implementation: Any = "cudnn" if fast else "xla"
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation)
+
+
+class _Subblock(nn.Module):
+  """Declares the spec's weights as Flax parameters and normalises the input."""
+
+  spec: arch.Subblock
+  config: arch.ModelConfig
+
+  def weights(self) -> Params:
+    def init(name: str, shape: tuple[int, ...]) -> Any:
+      if len(shape) == 2:
+        return nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+      return nn.initializers.ones if name == "norm" else nn.initializers.zeros
+
+    tensors = self.spec.tensors(self.config)
+    return {name: self.param(name, init(name, t.shape), t.shape, jnp.float32) for name, t in tensors.items()}
+
+  def normed(self, x_BTD: jax.Array, p: Params) -> jax.Array:
+    return rms_norm(x_BTD, p["norm"], eps=self.config.norm_eps)
+
+  def output(self, features_BTE: jax.Array, w_DE: jax.Array) -> jax.Array:
+    """The last, linear map. Its input is sown as `features`: channel statistics and least-squares fits read it."""
+    self.sow("intermediates", "features", features_BTE)
+    return dot("bte,de->btd", features_BTE, w_DE)
+
+
+class GQAttention(_Subblock):
+  """Grouped-query attention with rotary positions."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    assert isinstance(self.spec, arch.GQA)
+    p = self.weights()
+    h_BTD = self.normed(x_BTD, p)
+
+    def project(name: str, heads: int) -> jax.Array:
+      y = dot("btd,ed->bte", h_BTD, p[name])
+      if f"{name}_bias" in p:
+        y = y + p[f"{name}_bias"].astype(y.dtype)
+      return y.reshape(*y.shape[:2], heads, self.config.head_dim)
+
+    q = _rotate(project("q", self.config.num_heads), context)
+    k = _rotate(project("k", self.spec.kv_heads), context)
+    v = project("v", self.spec.kv_heads)
+    mask = None
+    if cache:
+      rows = jnp.arange(q.shape[0])[:, None]
+      cache = {
+        "k": cache["k"].at[rows, context.positions_BT].set(k.astype(cache["k"].dtype)),
+        "v": cache["v"].at[rows, context.positions_BT].set(v.astype(cache["v"].dtype)),
+      }
+      k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+      mask = jnp.arange(k.shape[1]) <= context.positions_BT[..., None]
+    elif context.segments_BT is not None:
+      segments = context.segments_BT
+      causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
+      mask = (segments[:, :, None] == segments[:, None, :]) & causal
+    y_BTE = _attend(q, k, v, mask).reshape(*q.shape[:2], self.config.q_size)
+    y_BTD = self.output(y_BTE, p["o"])
+    if "o_bias" in p:
+      y_BTD = y_BTD + p["o_bias"].astype(y_BTD.dtype)
+    return y_BTD, cache or {}
+
+
+class GatedFFN(_Subblock):
+  """SwiGLU."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    del context, cache
+    p = self.weights()
+    h_BTD = self.normed(x_BTD, p)
+    channels_BTF = jax.nn.silu(dot("btd,fd->btf", h_BTD, p["gate"])) * dot("btd,fd->btf", h_BTD, p["up"])
+    return self.output(channels_BTF, p["down"]), {}
+
+
+class LinearMap(_Subblock):
+  """One matrix after the norm."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    del context, cache
+    p = self.weights()
+    return self.output(self.normed(x_BTD, p), p["linear"]), {}
+
+
+class Nothing(_Subblock):
+  """A no-op: adds zero to the residual."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    del context, cache
+    return jnp.zeros_like(x_BTD), {}
+
+
+MODULES: dict[type[arch.Subblock], type[_Subblock]] = {
+  arch.GQA: GQAttention,
+  arch.SwiGLU: GatedFFN,
+  arch.LinearAttention: LinearMap,
+  arch.LinearFFN: LinearMap,
+  arch.NoAttention: Nothing,
+  arch.NoFFN: Nothing,
+}
+
+
+def module(spec: arch.Subblock, config: arch.ModelConfig) -> _Subblock:
+  """The Flax module of a spec."""
+  return MODULES[type(spec)](spec, config)
+
+
+def init(spec: arch.Subblock, config: arch.ModelConfig, key: jax.Array) -> Params:
+  """Random fp32 weights of a subblock."""
+  x = jnp.zeros((1, 1, config.hidden_size))
+  cos, sin = rope_tables(config, jnp.zeros((1, 1), jnp.int32))
+  variables = module(spec, config).init(key, x, Context(jnp.zeros((1, 1), jnp.int32), cos, sin))
+  return dict(variables.get("params", {}))
+
+
+def apply(
+  spec: arch.Subblock,
+  config: arch.ModelConfig,
+  params: Params,
+  x_BTD: jax.Array,
+  *,
+  context: Context,
+  cache: Cache | None = None,
+) -> tuple[jax.Array, Cache]:
+  """What the subblock adds to the residual, [B, T, D] in x's dtype, and its updated cache."""
+  return module(spec, config).apply({"params": params}, x_BTD, context, cache)  # type: ignore[return-value]
+
+
+def features(
+  spec: arch.Subblock, config: arch.ModelConfig, params: Params, x_BTD: jax.Array, *, context: Context
+) -> jax.Array:
+  """What the subblock's last matrix multiplies, [B, T, E] (for SwiGLU the channels); E is 0 for a no-op."""
+  _, state = module(spec, config).apply({"params": params}, x_BTD, context, mutable=["intermediates"])
+  sown = state.get("intermediates", {}).get("features")
+  return sown[0] if sown else jnp.zeros((*x_BTD.shape[:2], 0), x_BTD.dtype)

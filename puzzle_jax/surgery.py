@@ -1,0 +1,195 @@
+"""A variant's first weights, from the parent's (paper section 2), and the least-squares fit on top of them.
+
+`METHODS`: "paper" is what the paper does (channel contribution, mean-pooled KV heads, W_V·W_O and W_up·W_down
+products), "truncate" takes the first channels or heads and "random" draws all weights; both show what the paper's
+choice is worth.
+
+`NormalEquations` then replaces the last matrix of any variant by the least-squares solution for the parent's own
+output, in closed form: W_up·W_down can be worse than removing the FFN, the fit never is (docs/architecture.md).
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from puzzle_jax import arch
+from puzzle_jax.arch import ModelConfig, Subblock
+from puzzle_jax.errors import PuzzleError
+
+METHODS = ("paper", "truncate", "random")
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the Gram matrix
+
+Weights = Mapping[str, np.ndarray]
+
+
+@functools.singledispatch
+def from_parent(
+  spec: Subblock, parent: Subblock, weights: Weights, *, config: ModelConfig, channel_mean: np.ndarray, truncate: bool
+) -> dict[str, np.ndarray]:
+  """The weights of `spec` made of the parent's subblock; one implementation a kind.
+
+  Args:
+    spec: the variant.
+    parent: the parent's subblock of the same slot.
+    weights: the parent's weights, fp32.
+    config: of the model.
+    channel_mean: [E] mean absolute value of what the parent's last matrix multiplies, on calibration tokens.
+    truncate: keep the first channels or heads instead of the paper's choice.
+  """
+  raise PuzzleError(f"no initialisation of {spec.name} from the parent's {parent.name}; known: see surgery.py")
+
+
+@from_parent.register
+def _(
+  spec: arch.GQA, parent: Subblock, weights: Weights, *, config: ModelConfig, channel_mean: np.ndarray, truncate: bool
+) -> dict[str, np.ndarray]:
+  """Mean-pools the K and V heads that are merged (Ainslie et al., GQA)."""
+  del channel_mean
+  if not isinstance(parent, arch.GQA) or parent.kv_heads % spec.kv_heads:
+    raise PuzzleError(f"{spec.name} cannot be made of the parent's {parent.name}: KV heads must divide its own")
+
+  def pool(w: np.ndarray) -> np.ndarray:
+    groups = w.reshape(spec.kv_heads, -1, config.head_dim, *w.shape[1:])
+    pooled = groups[:, 0] if truncate else groups.mean(axis=1)
+    return pooled.reshape(-1, *w.shape[1:])
+
+  return {name: pool(w) if name in ("k", "v", "k_bias", "v_bias") else w for name, w in weights.items()}
+
+
+@from_parent.register
+def _(
+  spec: arch.SwiGLU,
+  parent: Subblock,
+  weights: Weights,
+  *,
+  config: ModelConfig,
+  channel_mean: np.ndarray,
+  truncate: bool,
+) -> dict[str, np.ndarray]:
+  """Keeps the channels with the largest mean contribution |X_i|·‖W_down[:, i]‖, in their order."""
+  del config
+  if not isinstance(parent, arch.SwiGLU) or spec.width > parent.width:
+    raise PuzzleError(f"{spec.name} cannot be made of the parent's {parent.name}: it must be no wider")
+  contribution = channel_mean * np.linalg.norm(weights["down"], axis=0)
+  best = np.argsort(-contribution, kind="stable")[: spec.width]
+  keep = np.arange(spec.width) if truncate else np.sort(best)
+  return {
+    "norm": weights["norm"],
+    "gate": weights["gate"][keep],
+    "up": weights["up"][keep],
+    "down": weights["down"][:, keep],
+  }
+
+
+@from_parent.register
+def _(
+  spec: arch.LinearAttention,
+  parent: Subblock,
+  weights: Weights,
+  *,
+  config: ModelConfig,
+  channel_mean: np.ndarray,
+  truncate: bool,
+) -> dict[str, np.ndarray]:
+  """W_O·W_V with KV heads repeated to query heads: each token attends to itself only."""
+  del spec, channel_mean, truncate
+  if not isinstance(parent, arch.GQA):
+    return dict(weights)
+  v = weights["v"].reshape(parent.kv_heads, config.head_dim, -1)
+  v = np.repeat(v, config.num_heads // parent.kv_heads, axis=0).reshape(config.q_size, -1)
+  return {"norm": weights["norm"], "linear": weights["o"] @ v}
+
+
+@from_parent.register
+def _(
+  spec: arch.LinearFFN,
+  parent: Subblock,
+  weights: Weights,
+  *,
+  config: ModelConfig,
+  channel_mean: np.ndarray,
+  truncate: bool,
+) -> dict[str, np.ndarray]:
+  """W_down·W_up: the gate is ignored."""
+  del spec, config, channel_mean, truncate
+  if not isinstance(parent, arch.SwiGLU):
+    return dict(weights)
+  return {"norm": weights["norm"], "linear": weights["down"] @ weights["up"]}
+
+
+@from_parent.register(arch.NoAttention)
+@from_parent.register(arch.NoFFN)
+def _(spec: Subblock, *args: object, **kwargs: object) -> dict[str, np.ndarray]:
+  del spec, args, kwargs
+  return {}
+
+
+def initial(
+  spec: Subblock,
+  parent: Subblock,
+  weights: Weights,
+  *,
+  config: ModelConfig,
+  channel_mean: np.ndarray,
+  method: str,
+  seed: int,
+) -> dict[str, np.ndarray]:
+  """First weights of a variant, fp32, by one of `METHODS`; the norm's scale is always the parent's."""
+  if method not in METHODS:
+    raise PuzzleError(f"initialisation {method!r} is not one of {', '.join(METHODS)}")
+  weights = {k: np.asarray(w, np.float32) for k, w in weights.items()}
+  if method == "random":
+    rng = np.random.default_rng(seed)
+    fresh = {k: t.shape for k, t in spec.tensors(config).items()}
+    drawn = {k: rng.standard_normal(s) / math.sqrt(s[-1]) if len(s) == 2 else np.zeros(s) for k, s in fresh.items()}
+    return {k: np.float32(w) for k, w in drawn.items()} | {k: weights[k] for k in fresh if k == "norm"}
+  return from_parent(spec, parent, weights, config=config, channel_mean=channel_mean, truncate=method == "truncate")
+
+
+@jax.jit
+def _products(
+  features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  weighted = features_TE * weight_T[:, None]
+  with jax.default_matmul_precision("highest"):
+    return weighted.T @ features_TE, weighted.T @ target_TD, jnp.sum(weight_T[:, None] * jnp.square(target_TD))
+
+
+class NormalEquations:
+  """Streamed weighted least squares: min over W of Σ_t weight_t · ‖W·features_t − target_t‖².
+
+  Products are fp32 a batch and summed in fp64: Gram matrices of activations have condition numbers to 1e10.
+  """
+
+  def __init__(self, num_features: int, num_targets: int):
+    self._gram = np.zeros((num_features, num_features))
+    self._cross = np.zeros((num_features, num_targets))
+    self._square = 0.0
+
+  def add(self, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array) -> None:
+    """Adds tokens, fp32; weight 0 leaves a token out."""
+    gram, cross, square = _products(features_TE, target_TD, weight_T)
+    self._gram += np.asarray(gram)
+    self._cross += np.asarray(cross)
+    self._square += float(square)
+
+  def loss(self, w_DE: np.ndarray) -> float:
+    """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""
+    residual = self._square - 2 * np.sum(w_DE.T * self._cross) + np.sum(w_DE * (w_DE @ self._gram))
+    return float(residual / self._square)
+
+  def solve(self, ridge: float) -> np.ndarray:
+    """W [D, E] with `ridge` times the mean diagonal added to the diagonal."""
+    size = len(self._gram)
+    damped = self._gram + ridge * np.trace(self._gram) / size * np.eye(size)
+    return scipy.linalg.solve(damped, self._cross, assume_a="pos").T
+
+  def fit(self, heldout: "NormalEquations", *, start_DE: np.ndarray, ridges: Sequence[float] = RIDGES) -> np.ndarray:
+    """The solution [D, E] of the ridge that does best on held-out tokens, or `start_DE` where that is better still."""
+    candidates = [start_DE, *(self.solve(ridge) for ridge in ridges)]
+    return min(candidates, key=heldout.loss).astype(np.float32)
