@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 from puzzle_jax.errors import PuzzleError
 
 if TYPE_CHECKING:
-  from puzzle_jax.pipeline import Run, open_run, run
+  from puzzle_jax.pipeline import run
+  from puzzle_jax.runs import Run, open_run
 
 __all__ = ["PuzzleError", "Run", "open_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
   # Lazily: `puzzle_jax.serving` and `puzzle_jax.arch` are to be had without JAX.
-  if name in ("Run", "open_run", "run"):
+  if name in ("Run", "open_run"):
+    from puzzle_jax import runs
+
+    return getattr(runs, name)
+  if name == "run":
     from puzzle_jax import pipeline
 
-    return getattr(pipeline, name)
+    return pipeline.run
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

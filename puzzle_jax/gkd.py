@@ -90,7 +90,7 @@ class State:
   history: jax.Array
 
 
-def _forward(architecture: Architecture, params: Any, batch: data.Batch, *, remat: bool) -> decoder.Output:
+def _forward(architecture: Architecture, params: Any, batch: data.PackedText, *, remat: bool) -> decoder.Output:
   return decoder.apply(
     architecture,
     params,
@@ -102,7 +102,7 @@ def _forward(architecture: Architecture, params: Any, batch: data.Batch, *, rema
 
 
 def losses(
-  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.Batch, *, remat: bool = True
+  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.PackedText, *, remat: bool = True
 ) -> dict[str, jax.Array]:
   """Mean KL, LM loss (nats a token) and the summed cosine distance of the hidden states."""
   out = _forward(*child, batch, remat=remat)
@@ -125,7 +125,13 @@ def losses(
 
 @functools.partial(jax.jit, static_argnames=("child", "parent", "config"), donate_argnames="state")
 def train_step(
-  state: State, batch: data.Batch, parent_params: Any, *, child: Architecture, parent: Architecture, config: GKDConfig
+  state: State,
+  batch: data.PackedText,
+  parent_params: Any,
+  *,
+  child: Architecture,
+  parent: Architecture,
+  config: GKDConfig,
 ) -> State:
   """One AdamW step; its metrics go into the history."""
 
@@ -136,7 +142,7 @@ def train_step(
 
   (loss, parts), gradient = jax.value_and_grad(total, has_aux=True)(state.params)
   updates, optimizer = config.optimizer().update(gradient, state.optimizer, state.params)
-  metrics = parts | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+  metrics = parts | {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
   row = jnp.stack([metrics[name] for name in METRICS])
   return State(
     params=optax.apply_updates(state.params, updates),

@@ -19,8 +19,7 @@ import numpy as np
 
 from puzzle_jax import activations, divergence
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
-from puzzle_jax.data import PackedText
-from puzzle_jax.data import target_mask as mask_of_targets
+from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.space import LayerSpace
@@ -99,7 +98,7 @@ class Scorer:
       context = activations.to_context(architecture.config, packed, rows)
       last = jnp.asarray(architecture.num_layers)
       _, nll = _suffix(architecture, params, x, last, context, reference, targets)
-      mask = mask_of_targets(packed.segment_ids[rows])
+      mask = np.asarray(target_mask(packed.segment_ids[rows]))
       self._batches.append(_Rows(rows, context, reference, np.asarray(nll), targets, mask))
 
   def score(self, layer: int, spec: BlockSpec, weights: Mapping[str, Any], x_RTD: np.ndarray) -> dict[str, float]:

@@ -29,6 +29,8 @@ import safetensors.numpy
 from puzzle_jax.errors import PuzzleError
 
 MANIFEST = "manifest.json"
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # reading it means setting it
 
 
 class CorruptFileError(PuzzleError):
@@ -60,6 +62,14 @@ def _sync(path: Path) -> None:
     os.close(fd)
 
 
+def _disk_full(error: Exception) -> bool:
+  """Whether a write failed for want of space; safetensors tells the error's number in its message only."""
+  numbers = (errno.ENOSPC, errno.EDQUOT)
+  if isinstance(error, OSError):
+    return error.errno in numbers
+  return any(f"(os error {number})" in str(error) for number in numbers)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
   """Yields a path beside `path` to write (a file, or a folder that the body makes); renames it over at the end.
@@ -72,13 +82,15 @@ def replacing(path: Path) -> Iterator[Path]:
   try:
     yield aside
     for file in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+      if file.is_file():
+        file.chmod(0o666 & ~_UMASK)  # some writers make files that others cannot read
       _sync(file)
     if aside.is_dir() and path.exists():
       shutil.rmtree(path)
     aside.replace(path)
     _sync(path.parent)
-  except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+  except (OSError, safetensors.SafetensorError) as e:
+    if not _disk_full(e):
       raise
     free = shutil.disk_usage(path.parent).free
     raise PuzzleError(
@@ -147,8 +159,9 @@ class StageStore:
       if self.root.exists():
         shutil.rmtree(self.root)
       self._manifest = {"key": key, "files": {}, "done": False}
-    for part in self.root.rglob(".*.part") if self.root.exists() else ():
-      shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for pattern in (".*.part", ".tmp*") if self.root.exists() else ():  # ours, and what safetensors writes to first
+      for part in self.root.rglob(pattern):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
     self._manifest["done"] = False
     self._save()
 
@@ -247,6 +260,11 @@ class Workdir:
 
   def stage(self, name: str) -> StageStore:
     return StageStore(self.root / name)
+
+  def finished(self) -> list[StageStore]:
+    """The stages that are done, in the order in which they were finished."""
+    manifests = sorted(self.root.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    return [store for path in manifests if (store := self.stage(path.parent.name)).done]
 
   def scratch(self, name: str) -> Path:
     """A folder for what a library manages itself (checkpoints); no checksums of ours."""

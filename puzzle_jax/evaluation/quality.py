@@ -17,7 +17,7 @@ Model = tuple[Architecture, Any]
 
 @functools.partial(jax.jit, static_argnames=("child", "parent"))
 def _rows(
-  child: Architecture, child_params: Any, parent: Architecture, parent_params: Any, batch: data.Batch
+  child: Architecture, child_params: Any, parent: Architecture, parent_params: Any, batch: data.PackedText
 ) -> dict[str, jax.Array]:
   """KL and negative log likelihoods of both, summed over each row, and each row's number of predicted tokens."""
   mask_BT = data.target_mask(batch.segment_ids)
@@ -51,7 +51,7 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
   sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
   for start in range(0, len(packed.tokens), batch_rows):
     rows = slice(start, start + batch_rows)
-    batch = data.Batch(packed.tokens[rows], packed.segment_ids[rows], packed.positions[rows])
+    batch = packed.rows(rows)
     for name, values in jax.device_get(_rows(*child, *parent, batch)).items():
       sums[name] += np.asarray(values, np.float64).tolist()
   tokens = np.array(sums["tokens"])

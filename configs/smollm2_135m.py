@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct, the parent that `make quickstart` brings along, on the machine at hand.
+
+    python -m experiments.run --config=configs/smollm2_135m.py:quickstart --workdir=runs/quickstart
+
+`quickstart` (two CPU cores, under 15 minutes, under 8 GiB): a reduced space, subblock scores, a few thousand tokens.
+"""
+
+import ml_collections
+from puzzle_jax.search import Limits
+
+from configs.base import to_config_dict
+from puzzle_jax.bld import BLDConfig
+from puzzle_jax.config import (
+  CostsConfig,
+  DataConfig,
+  EvaluationConfig,
+  RunConfig,
+  ScoresConfig,
+  SearchConfig,
+  SpaceConfig,
+)
+from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.gkd import GKDConfig
+
+PROMPTS = (
+  "What is the capital of France?",
+  "Explain what a list is in Python, in two sentences.",
+  "Write a short sentence about the sea.",
+)
+
+
+def _quickstart() -> RunConfig:
+  steps, rows, length = 44, 2, 256
+  return RunConfig(
+    name="smollm2_135m.py:quickstart",
+    data=DataConfig(
+      seq_len=length,
+      train_tokens=16_384,
+      gkd_tokens=steps * rows * length,
+      heldout_tokens=1_024,
+      eval_tokens=4_096,
+    ),
+    space=SpaceConfig(attention=("linear", "none"), ffn=(0.75, 0.5, 0.25, "linear", "none"), ffn_multiple=128),
+    bld=BLDConfig(steps=16, batch_rows=4, learning_rate=2e-4, warmup_steps=4),
+    scores=ScoresConfig(granularity="subblocks"),
+    costs=CostsConfig(input_tokens=64, output_tokens=192, timing=TimingConfig(layers=12, rounds=5)),
+    search=SearchConfig(limits=Limits(min_speedup=1.3), frontier=(1.1, 1.2, 1.4, 1.5, 1.6, 1.8, 2.0)),
+    gkd=GKDConfig(steps=steps, batch_rows=rows, learning_rate=2e-4, warmup_steps=6, checkpoint_steps=15),
+    evaluation=EvaluationConfig(prompts=PROMPTS),
+  )
+
+
+def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:
+  """The config of a variant: `quickstart`."""
+  variants = {"quickstart": _quickstart}
+  if variant not in variants:
+    raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}; known: {', '.join(variants)}")
+  return to_config_dict(variants[variant]())

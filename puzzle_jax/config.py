@@ -1,0 +1,214 @@
+"""The configuration of a run: frozen dataclasses that check themselves. ml_collections stays in `configs/`.
+
+Each stage depends on the sections that `pipeline.STAGES` names, and on nothing else.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from puzzle_jax.bld import BLDConfig
+from puzzle_jax.costs import Scenario
+from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.scoring import GRANULARITIES, METRICS
+from puzzle_jax.search import Limits
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+  if value not in known:
+    raise PuzzleError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text and how it is packed.
+
+  Attributes:
+    source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, or `tfds:NAME`.
+    text_field: of JSON lines.
+    heldout_fraction: share of the documents that no training stage sees.
+    seq_len: tokens a packed row.
+    train_tokens: for the library (statistics, least squares, BLD).
+    gkd_tokens: for global distillation; other rows than `train_tokens`.
+    heldout_tokens: for scores.
+    eval_tokens: for the evaluation; other rows than `heldout_tokens`.
+  """
+
+  source: str = "stdlib"
+  text_field: str = "text"
+  heldout_fraction: float = 0.1
+  seq_len: int = 256
+  train_tokens: int = 16_384
+  gkd_tokens: int = 16_384
+  heldout_tokens: int = 2_048
+  eval_tokens: int = 4_096
+
+  def __post_init__(self) -> None:
+    for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
+      if getattr(self, name) < self.seq_len:
+        raise PuzzleError(f"data.{name}={getattr(self, name)} is less than one row of data.seq_len={self.seq_len}")
+    if not 0 < self.heldout_fraction < 1:
+      raise PuzzleError(f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationsConfig:
+  """`dtype` of the stored training activations; `batch_rows` on the device at once."""
+
+  dtype: str = "bfloat16"
+  batch_rows: int = 8
+
+  def __post_init__(self) -> None:
+    _one_of("activations.dtype", self.dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceConfig:
+  """The search space; see `space.build`."""
+
+  attention: tuple[str, ...] = ("gqa", "linear", "none")
+  ffn: tuple[str | float, ...] = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")
+  ffn_multiple: int = 64
+  layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresConfig:
+  """Replace-1-block; see `scoring`."""
+
+  granularity: str = "composed"
+  metric: str = "kl"
+  batch_rows: int = 4
+
+  def __post_init__(self) -> None:
+    _one_of("scores.granularity", self.granularity, GRANULARITIES)
+    _one_of("scores.metric", self.metric, METRICS)
+
+
+@dataclasses.dataclass(frozen=True)
+class CostsConfig:
+  """Where and for what costs are measured.
+
+  Attributes:
+    table: a cost table (JSON) measured elsewhere; empty: timed here in JAX.
+    input_tokens, output_tokens: the scenario, a closed batch of equal requests.
+    batches: to time; the search takes the best.
+    timing: how.
+  """
+
+  table: str = ""
+  input_tokens: int = 128
+  output_tokens: int = 128
+  batches: tuple[int, ...] = (1,)
+  timing: TimingConfig = dataclasses.field(default_factory=TimingConfig)
+
+  @property
+  def scenario(self) -> Scenario:
+    return Scenario(f"{self.input_tokens}/{self.output_tokens}", self.input_tokens, self.output_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+  """What the child must meet (`search.Limits`) and which engine's restrictions hold."""
+
+  limits: Limits = dataclasses.field(default_factory=Limits)
+  frontier: tuple[float, ...] = ()  # values of `limits.min_speedup` to solve for besides the target
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """Held-out quality, and text of parent and child side by side."""
+
+  batch_rows: int = 2
+  prompts: tuple[str, ...] = ()  # chat messages
+  max_new_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+  """`dtype` of the exported weights."""
+
+  dtype: str = "bfloat16"
+
+  def __post_init__(self) -> None:
+    _one_of("export.dtype", self.dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A run: `parent` is a Hugging Face directory or hub id, a GGUF file, or `smollm2-135m` (built in)."""
+
+  name: str = "run"
+  parent: str = "smollm2-135m"
+  seed: int = 0
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
+  space: SpaceConfig = dataclasses.field(default_factory=SpaceConfig)
+  bld: BLDConfig = dataclasses.field(default_factory=BLDConfig)
+  scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
+  costs: CostsConfig = dataclasses.field(default_factory=CostsConfig)
+  search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+  gkd: GKDConfig = dataclasses.field(default_factory=GKDConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+  export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+    """From nested mappings, such as an ml_collections ConfigDict's.
+
+    Raises:
+      PuzzleError: an unknown key (names the nearest known one), or a value of the wrong type or out of range.
+    """
+    return _build(cls, values, "config")
+
+
+def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  kwargs = {}
+  for key, value in values.items():
+    if key not in hints:
+      near = difflib.get_close_matches(key, hints, n=1)
+      raise PuzzleError(
+        f"unknown config key {path}.{key}; {f'did you mean {near[0]}?' if near else ''} known: {', '.join(hints)}"
+      )
+    hint = hints[key]
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(value, Mapping):
+        raise PuzzleError(f"{path}.{key} must be a mapping of {', '.join(typing.get_type_hints(hint))}; got {value!r}")
+      kwargs[key] = _build(hint, value, f"{path}.{key}")
+    else:
+      kwargs[key] = _checked(value, hint, f"{path}.{key}")
+  return cls(**kwargs)
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+  """`value` as `hint`: lists become tuples, integers count as floats."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is tuple:
+    if isinstance(value, (list, tuple)):
+      return tuple(_checked(item, args[0], path) for item in value)
+  elif origin in (typing.Union, types.UnionType):
+    for option in args:
+      try:
+        return _checked(value, option, path)
+      except PuzzleError:
+        continue
+  elif origin is not None:  # Mapping
+    if isinstance(value, Mapping):
+      return dict(value)
+  elif hint is float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+      return float(value)
+  elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    return value
+  raise PuzzleError(f"{path}={value!r} is not of type {hint if origin else getattr(hint, '__name__', hint)}")

@@ -1,0 +1,116 @@
+"""A run: what its work directory holds, opened (docs/architecture.md)."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from puzzle_jax import data, space
+from puzzle_jax.config import RunConfig
+from puzzle_jax.costs import CostTable, jax_timing
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.library import Library
+from puzzle_jax.model.language_model import LanguageModel, to_device
+from puzzle_jax.parents import Parent, open_parent
+from puzzle_jax.progress import Progress
+from puzzle_jax.store import StageStore, Workdir, read_json
+from puzzle_jax.table import Table
+from puzzle_jax.tokenizer import Tokenizer
+
+
+class Run:
+  """A run in a work directory: its parent, and what its stages have made."""
+
+  def __init__(self, config: RunConfig, workdir: str | os.PathLike[str], *, quiet: bool = False):
+    self.config, self.workdir = config, Workdir(workdir)
+    self.progress = Progress(quiet=quiet)
+
+  def store(self, stage: str) -> StageStore:
+    return self.workdir.stage(stage)
+
+  @functools.cached_property
+  def parent(self) -> Parent:
+    return open_parent(self.config.parent)
+
+  @functools.cached_property
+  def parent_model(self) -> LanguageModel:
+    """The parent, on the device, fp32."""
+    layers = [self.parent.layer(i) for i in range(self.parent.architecture.num_layers)]
+    params = to_device(self.parent.head() | {"layers": layers})
+    return LanguageModel(self.parent.architecture, params, self.tokenizer)
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    return self.parent.tokenizer()
+
+  @functools.cached_property
+  def space(self) -> space.Space:
+    return space.build(self.parent.architecture, **dataclasses.asdict(self.config.space))
+
+  def packed(self, name: str) -> data.PackedText:
+    """One of `PACKED_SETS`."""
+    return data.PackedText(**self.store("data").get_arrays(f"{name}.safetensors"))
+
+  @property
+  def library(self) -> Library:
+    return Library(self.store("library"))
+
+  @property
+  def scores(self) -> list[dict[str, dict[str, float]]]:
+    """By layer and block name: metrics and standard errors, differences to the parent."""
+    store = self.store("scores")
+    return [store.get_json(f"layer_{i:02d}.json")["blocks"] for i in range(len(self.space.layers))]
+
+  @property
+  def costs(self) -> CostTable:
+    return CostTable.from_json(self.store("costs").get_json("costs.json"))
+
+  @property
+  def table(self) -> Table:
+    """The block table of the search."""
+    return Table.from_json(self.store("search").get_json("table.json"))
+
+  @property
+  def solution(self) -> dict[str, Any]:
+    """The architecture that the search chose, with what it predicts of it."""
+    return self.store("search").get_json("solution_0.json")
+
+  @property
+  def summary(self) -> dict[str, Any]:
+    """All figures of the run: what the report shows."""
+    return self.store("report").get_json("summary.json")
+
+  @functools.cached_property
+  def child(self) -> LanguageModel:
+    """The distilled child."""
+    self.store("gkd").path("model/architecture.json")
+    return LanguageModel.open(self.workdir.root / "gkd" / "model")
+
+  def batch_key(self) -> str:
+    return str(self.solution["batch"])
+
+
+def open_run(workdir: str | os.PathLike[str]) -> Run:
+  """Opens a run's directory to look at what it made.
+
+  Raises:
+    PuzzleError: it is no run's directory.
+  """
+  path = Path(workdir) / "config.json"
+  if not path.is_file():
+    raise PuzzleError(f"{workdir} is no run's directory: it has no config.json")
+  return Run(RunConfig.from_dict(read_json(path)), workdir, quiet=True)
+
+
+def versions() -> dict[str, str]:
+  """Of what decides the results: this package, its commit where there is one, JAX and Python."""
+  found = {"puzzle_jax": importlib.metadata.version("puzzle_jax"), **jax_timing.versions()}
+  here = Path(__file__).parent
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    found["git"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+  return found

@@ -1,0 +1,272 @@
+"""What each stage of the pipeline does: reads files of earlier stages, writes its own."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puzzle_jax import activations, bld, data, gkd, report, scoring
+from puzzle_jax import costs as costs_lib
+from puzzle_jax import search as search_lib
+from puzzle_jax.arch import Architecture, BlockSpec
+from puzzle_jax.checkpoint import write_checkpoint
+from puzzle_jax.costs import CostTable, jax_timing
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation import quality
+from puzzle_jax.library import Library
+from puzzle_jax.model import decoder
+from puzzle_jax.model.language_model import LanguageModel
+from puzzle_jax.report.summary import summarise
+from puzzle_jax.runs import Run
+from puzzle_jax.serving.hf_export import export_hf
+from puzzle_jax.store import StageStore, read_json
+from puzzle_jax.table import Table
+
+
+def make_data(run: Run, store: StageStore) -> None:
+  config = run.config.data
+  documents = data.load_documents(
+    config.source,
+    data_dir=run.workdir.scratch("datasets"),
+    text_field=config.text_field,
+    heldout_fraction=config.heldout_fraction,
+  )
+  splits = {
+    "train": (documents.train, {"train": config.train_tokens, "gkd": config.gkd_tokens}),
+    "heldout": (documents.heldout, {"heldout": config.heldout_tokens, "eval": config.eval_tokens}),
+  }
+  sizes = {}
+  for texts, amounts in splits.values():
+    packed = data.pack(
+      texts, run.tokenizer, seq_len=config.seq_len, max_tokens=sum(amounts.values()), seed=run.config.seed
+    )
+    start = 0
+    for name, tokens in amounts.items():
+      rows = slice(start, start + tokens // config.seq_len)
+      start = rows.stop
+      part = packed.rows(rows)
+      store.put_arrays(f"{name}.safetensors", part._asdict())
+      sizes[name] = part.num_tokens
+  store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes})
+
+
+def make_costs(run: Run, store: StageStore) -> None:
+  config = run.config.costs
+  if config.table:
+    table = CostTable.from_json(read_json(Path(config.table)))
+  else:
+    table = jax_timing.measure(
+      run.parent.architecture,
+      run.space,
+      scenarios=[config.scenario],
+      batches=config.batches,
+      config=config.timing,
+      progress=run.progress,
+    )
+  store.put_json("costs.json", table.to_json())
+
+
+def check_target(run: Run) -> None:
+  """Refuses a target that no child of the space can meet, before anything is distilled: the search without scores."""
+  free = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in run.space.layers]
+  blocks = costs_lib.block_table(run.parent.architecture, run.space, free, run.costs)
+  search_lib.solve(Table.from_json(blocks), run.config.search.limits)
+
+
+def make_activations(run: Run, store: StageStore) -> None:
+  config = run.config.activations
+  activations.write(
+    store,
+    run.parent,
+    {name: run.packed(name) for name in activations.SETS},
+    batch_rows=config.batch_rows,
+    compute_dtype=jnp.float32,
+    train_dtype=jnp.dtype(config.dtype),
+    progress=run.progress,
+  )
+
+
+def make_library(run: Run, store: StageStore) -> None:
+  library, stored = Library(store), run.store("activations")
+  architecture = run.parent.architecture
+  packed = {name: run.packed(name) for name in activations.SETS}
+  with run.progress.bar("library", total=architecture.num_layers, unit="layer") as bar:
+    for layer, layer_space in enumerate(run.space.layers):
+      if layer not in library:
+        batches = {
+          name: list(
+            activations.batches(
+              architecture.config,
+              packed[name],
+              activations.read(stored, name, layer),
+              batch_rows=run.config.bld.batch_rows,
+              dtype=jnp.float32,
+            )
+          )
+          for name in activations.SETS
+        }
+        distilled = bld.distil_layer(
+          layer_space,
+          architecture.config,
+          run.parent.layer(layer, np.float32),
+          settings=run.config.bld,
+          statistics=activations.read_statistics(stored, architecture, layer),
+          layer=layer,
+          **batches,
+        )
+        library.put(layer, distilled)
+        for variant in sorted(set(distilled.losses) - library.usable(layer)):
+          run.progress.say(f"library: layer {layer} {variant}: loss not finite; it is left out of the search")
+      bar.update()
+
+
+def make_scores(run: Run, store: StageStore) -> None:
+  config, architecture = run.config.scores, run.parent.architecture
+  stored, library = run.store("activations"), run.library
+  params = decoder.stacked(architecture, run.parent_model.params)
+  scorer = scoring.Scorer(
+    architecture,
+    params,
+    packed=run.packed("heldout"),
+    last_RTD=activations.read(stored, "heldout", architecture.num_layers),
+    batch_rows=config.batch_rows,
+  )
+  wanted = [scoring.blocks_to_score(s, config.granularity) for s in run.space.layers]
+  with run.progress.bar("scores", total=sum(map(len, wanted)), unit="block") as bar:
+    for layer, blocks in enumerate(wanted):
+      name = f"layer_{layer:02d}.json"
+      if name in store:
+        bar.update(len(blocks))
+        continue
+      x = activations.read(stored, "heldout", layer)
+      variants, usable = library.load_layer(layer), library.usable(layer)
+      parent = run.parent_model.params["layers"][layer]
+      layer_space, scores = run.space.layers[layer], {}
+      for block in blocks:
+        own = set(layer_space.parent.subblocks)
+        if all(s in own or s.id in usable for s in block.subblocks):
+          weights = scoring.block_weights(layer_space, block, parent, variants)
+          score = scorer.score(layer, block, weights, x)
+          if np.isfinite(list(score.values())).all():
+            scores[block.name] = score
+          else:
+            run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
+        bar.update()
+      store.put_json(name, {"blocks": scores})
+
+
+def make_search(run: Run, store: StageStore) -> None:
+  config = run.config
+  scores = [
+    scoring.compose(layer, measured, metric=config.scores.metric)
+    for layer, measured in zip(run.space.layers, run.scores, strict=True)
+  ]
+  table = costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs)
+  store.put_json("table.json", table)
+  parsed = Table.from_json(table)
+  (solution,) = search_lib.solve(parsed, config.search.limits)
+  store.put_json("solution_0.json", solution.to_json())
+  points = []
+  for value in config.search.frontier:
+    with contextlib.suppress(PuzzleError):  # past the end of the frontier
+      limits = dataclasses.replace(config.search.limits, min_speedup=value)
+      (point,) = search_lib.solve(parsed, limits)
+      points.append({"min_speedup": value} | point.to_json())
+  store.put_json("frontier.json", {"points": [{k: v for k, v in p.items() if k != "timing"} for p in points]})
+  run.progress.say(f"search: {' '.join(solution.blocks)}")
+
+
+def make_child(run: Run, store: StageStore) -> None:
+  parent, library = run.parent, run.library
+  blocks = tuple(BlockSpec.parse(name) for name in run.solution["blocks"])
+  layers = [
+    scoring.block_weights(layer, block, parent.layer(i, np.float32), library.load_layer(i))
+    for i, (layer, block) in enumerate(zip(run.space.layers, blocks, strict=True))
+  ]
+  with store.put_folder("model") as folder:
+    write_checkpoint(
+      folder,
+      Architecture(parent.architecture.config, blocks),
+      parent.head(np.float32),
+      layers,
+      tokenizer=run.tokenizer,
+      metadata={"parent": parent.name, "license": parent.license},
+    )
+
+
+def make_gkd(run: Run, store: StageStore) -> None:
+  run.store("child").path("model/architecture.json")
+  child = LanguageModel.open(run.workdir.root / "child" / "model")
+  parent = run.parent_model
+  checkpoints = store.root / "checkpoints"
+  params, history = gkd.train(
+    (child.architecture, child.params),
+    (parent.architecture, parent.params),
+    run.packed("gkd"),
+    config=run.config.gkd,
+    folder=checkpoints,
+    progress=run.progress,
+  )
+  store.put_json("history.json", {"steps": history})
+  arrays = jax.device_get(params)
+  with store.put_folder("model") as folder:
+    write_checkpoint(
+      folder,
+      child.architecture,
+      {k: v for k, v in arrays.items() if k != "layers"},
+      arrays["layers"],
+      tokenizer=run.tokenizer,
+      metadata={"parent": run.parent.name, "license": run.parent.license},
+    )
+  gkd.forget_checkpoints(checkpoints)
+
+
+def make_evaluation(run: Run, store: StageStore) -> None:
+  config, parent, child = run.config.evaluation, run.parent_model, run.child
+  packed = run.packed("eval")
+  teacher = (parent.architecture, parent.params)
+  before = LanguageModel.open(run.workdir.root / "child" / "model")
+  with run.progress.bar("evaluation", total=3 + 2 * len(config.prompts), unit="step") as bar:
+    after_gkd = quality.compare((child.architecture, child.params), teacher, packed, batch_rows=config.batch_rows)
+    bar.update()
+    before_gkd = quality.compare((before.architecture, before.params), teacher, packed, batch_rows=config.batch_rows)
+    del before
+    bar.update()
+    samples = []
+    for prompt in config.prompts:
+      sample = {"prompt": prompt}
+      for name, model in (("parent", parent), ("child", child)):
+        sample[name] = model.chat(prompt, max_new_tokens=config.max_new_tokens)
+        bar.update()
+      samples.append(sample)
+    seconds = jax_timing.time_models(
+      {"parent": teacher, "child": (child.architecture, child.params)},
+      scenario=run.config.costs.scenario,
+      batch=run.solution["batch"],
+      config=run.config.costs.timing,
+    )
+    bar.update()
+  store.put_json(
+    "evaluation.json",
+    {"before_gkd": before_gkd, "after_gkd": after_gkd, "samples": samples, "timing": {"seconds": seconds}},
+  )
+
+
+def make_export(run: Run, store: StageStore) -> None:
+  quality_json = run.store("evaluation").get_json("evaluation.json")["after_gkd"]
+  card = (
+    f"Distilled from {run.parent.name} by puzzle_jax. Held-out text, {quality_json['tokens']:.0f} tokens: perplexity "
+    f"{quality_json['perplexity']:.2f} (parent {quality_json['parent_perplexity']:.2f}), "
+    f"KL to the parent {quality_json['kl']:.4f} nats a token."
+  )
+  with store.put_folder("hf") as folder:
+    export_hf(run.workdir.root / "gkd" / "model", folder, dtype=run.config.export.dtype, card=card)
+
+
+def make_report(run: Run, store: StageStore) -> None:
+  summary = summarise(run)
+  store.put_json("summary.json", summary)
+  store.put_text("report.html", report.render(summary))
