@@ -6,7 +6,6 @@
 """
 
 import ml_collections
-from puzzle_jax.search import Limits
 
 from configs.base import to_config_dict
 from puzzle_jax.bld import BLDConfig
@@ -21,6 +20,7 @@ from puzzle_jax.config import (
 )
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.search import Limits
 
 PROMPTS = (
   "What is the capital of France?",

@@ -5,6 +5,7 @@ python -m experiments.generate --model=runs/quickstart --prompt="What is the cap
 
 import os
 import sys
+from typing import Any
 
 from absl import app, flags
 
@@ -24,7 +25,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  settings = {"max_new_tokens": _TOKENS.value, "temperature": _TEMPERATURE.value, "seed": _SEED.value}
+  settings: dict[str, Any] = {"max_new_tokens": _TOKENS.value, "temperature": _TEMPERATURE.value, "seed": _SEED.value}
   try:
     is_run = os.path.isfile(os.path.join(_MODEL.value, "gkd", "manifest.json"))
     model = puzzle_jax.open_run(_MODEL.value).child if is_run else LanguageModel.open(_MODEL.value)

@@ -13,9 +13,9 @@ import puzzle_jax
 from puzzle_jax.report import closing_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/smollm2_135m.py:quickstart.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; made if it is not there.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; made if it is not there.", required=True)
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, separated by commas; all when empty.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
 
 
 def main(argv: list[str]) -> None:

@@ -6,13 +6,12 @@ its own check for non-finite values, so that one that fails spoils no other.
 
 The loss compares what the blocks *add* to the residual stream, in fp32. "paper" normalises as the paper does, by the
 mean square of the parent's output; there the few sink tokens with massive activations make up nearly all of the
-normaliser. "delta" (default) normalises by what the parent's block adds, and caps the weight of a token whose delta is
-more than `SINK_CAP` times the median.
+normaliser. "delta" (default) normalises by what the parent's block adds, and caps the weight of sinks (`targets`).
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,18 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from puzzle_jax import surgery
+from puzzle_jax import least_squares, surgery, targets
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import ModelConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import subblocks
 from puzzle_jax.space import LayerSpace
+from puzzle_jax.targets import Scale, Variants, Weights, mean_square, parent_deltas, token_weights
 
 LOSSES = ("delta", "paper")
-SINK_CAP = 10.0
-
-Weights = dict[str, Any]
-Variants = dict[str, Weights]  # by `Subblock.id`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,37 +87,6 @@ class Distilled:
   curve: dict[str, list[float]]
 
 
-@functools.partial(jax.jit, static_argnames=("space", "config"))
-def parent_deltas(space: LayerSpace, config: ModelConfig, parent: Weights, batch: Any) -> tuple[jax.Array, jax.Array]:
-  """What the parent's attention and FFN add, [B, T, D] each."""
-  x, context = batch
-  attention = subblocks.apply(space.attention[0], config, parent["attention"], x, context=context)[0]
-  ffn = subblocks.apply(space.ffn[0], config, parent["ffn"], x + attention, context=context)[0]
-  return attention, ffn
-
-
-def _mean_square(x_BTD: jax.Array) -> jax.Array:
-  return jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-  """The normalisers of a layer's loss, fixed from held-out tokens: the median and the capped mean of delta squares."""
-
-  median: float
-  mean: float
-
-  @classmethod
-  def of(cls, squares_T: np.ndarray) -> "Scale":
-    median = float(np.median(squares_T))
-    return cls(median, float(np.mean(np.minimum(squares_T, SINK_CAP * median))))
-
-
-def token_weights(square_BT: jax.Array, real_BT: jax.Array, median: jax.Array | float) -> jax.Array:
-  """Weight of each token, so that none counts for more than `SINK_CAP` median tokens."""
-  return real_BT * jnp.minimum(1.0, SINK_CAP * median / jnp.maximum(square_BT, 1e-30))
-
-
 def _variant_losses(
   space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Any, scale: tuple[Any, Any]
 ) -> dict[str, dict[str, jax.Array]]:
@@ -130,8 +95,8 @@ def _variant_losses(
   median, mean = scale
   attention, ffn = parent_deltas(space, config, parent, (x, context))
   target = jax.lax.stop_gradient((attention + ffn).astype(jnp.float32))
-  weight = token_weights(_mean_square(target), real, median) / jnp.sum(real)
-  paper = real / jnp.sum(real * _mean_square(x + attention + ffn))
+  weight = token_weights(mean_square(target), real, median) / jnp.sum(real)
+  paper = real / jnp.sum(real * mean_square(x + attention + ffn))
   losses = {}
   for spec in space.variants:
     params = variants[spec.id]
@@ -141,7 +106,7 @@ def _variant_losses(
     else:
       first = attention
       second = subblocks.apply(spec, config, params, x + attention, context=context)[0]
-    error = _mean_square((first + second).astype(jnp.float32) - target)
+    error = mean_square((first + second).astype(jnp.float32) - target)
     losses[spec.id] = {"delta": jnp.sum(weight * error) / mean, "paper": jnp.sum(paper * error)}
   return losses
 
@@ -183,7 +148,7 @@ def train_step(
   optimizer = settings.optimizer()
   new_trained, new_states = {}, {}
   for name, weights in trained.items():
-    finite = jnp.isfinite(losses[name]) & jnp.isfinite(optax.global_norm(gradients[name]))
+    finite = jnp.isfinite(losses[name]) & jnp.isfinite(optax.tree.norm(gradients[name]))
     updates, state = optimizer.update(gradients[name], states[name], weights)
     stepped = (optax.apply_updates(weights, updates), state)
     new_trained[name], new_states[name] = jax.tree.map(
@@ -204,78 +169,6 @@ def _evaluate(
       for kind, value in both.items():
         sums[name][kind] += float(value) / len(heldout)
   return sums
-
-
-def first_weights(
-  space: LayerSpace,
-  config: ModelConfig,
-  parent: Mapping[str, Mapping[str, np.ndarray]],
-  *,
-  settings: BLDConfig,
-  statistics: Mapping[str, np.ndarray],
-  train: Iterable[Batch],
-  heldout: list[Batch],
-  scale: Scale,
-) -> Variants:
-  """The first weights of a layer's variants (`surgery`), by least squares on the stored activations if asked."""
-  variants: Variants = {}
-  for spec in space.variants:
-    own = space.attention[0] if spec.slot == "attention" else space.ffn[0]
-    variants[spec.id] = surgery.initial(
-      spec,
-      own,
-      parent[spec.slot],
-      config=config,
-      channel_mean=statistics[spec.slot],
-      method=settings.init,
-      seed=settings.seed,
-    )
-  fitted = [spec for spec in space.variants if spec.output is not None]
-  if not settings.least_squares or not fitted:
-    return variants
-
-  def equations(batches: Iterable[Batch]) -> dict[str, surgery.NormalEquations]:
-    result = {}
-    for spec in fitted:
-      rows, columns = variants[spec.id][spec.output].shape
-      result[spec.id] = surgery.NormalEquations(columns, rows)
-    for batch in batches:
-      inputs = (batch.x_BTD, batch.context, batch.real_BT)
-      for name, (features, target, weight) in _regression(
-        space, config, dict(parent), variants, inputs, scale.median
-      ).items():
-        result[name].add(features, target, weight)
-    return result
-
-  train_equations, heldout_equations = equations(train), equations(heldout)
-  for spec in fitted:
-    name = spec.id
-    start = variants[name][spec.output]
-    variants[name] = variants[name] | {spec.output: train_equations[name].fit(heldout_equations[name], start_DE=start)}
-  return variants
-
-
-@functools.partial(jax.jit, static_argnames=("space", "config"))
-def _regression(
-  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Any, median: float
-) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-  """Features [T, E], the parent's delta [T, D] and token weights [T] of every variant with a last matrix."""
-  x, context, real = batch
-  deltas = dict(zip(("attention", "ffn"), parent_deltas(space, config, parent, (x, context)), strict=True))
-  inputs = {"attention": x, "ffn": x + deltas["attention"]}
-  weight = token_weights(_mean_square(deltas["attention"] + deltas["ffn"]), real, median)
-  result = {}
-  for spec in space.variants:
-    if spec.output is None:
-      continue
-    params = variants[spec.id]
-    features = subblocks.features(spec, config, params, inputs[spec.slot], context=context)
-    target = deltas[spec.slot].astype(jnp.float32)
-    if f"{spec.output}_bias" in params:
-      target = target - params[f"{spec.output}_bias"]
-    flat = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (features, target))
-    result[spec.id] = (*flat, weight.reshape(-1))
-  return result  # type: ignore[return-value]
 
 
 def distil_layer(
@@ -301,23 +194,29 @@ def distil_layer(
     heldout: the same of held-out tokens.
     layer: index, for the order of batches.
   """
-  parent = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), dict(parent))
-  squares = []
-  for batch in heldout:
-    attention, ffn = parent_deltas(space, config, dict(parent), (batch.x_BTD, batch.context))
-    squares.append(np.asarray(_mean_square(attention + ffn))[np.asarray(batch.real_BT) > 0])
-  scale = Scale.of(np.concatenate(squares))
-  variants = first_weights(
-    space, config, parent, settings=settings, statistics=statistics, train=train, heldout=heldout, scale=scale
-  )
+  own: Weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), dict(parent))
+  scale = targets.scale_of(space, config, own, heldout)
+  variants: Variants = {}
+  for spec in space.variants:
+    variants[spec.id] = surgery.initial(
+      spec,
+      space.attention[0] if spec.slot == "attention" else space.ffn[0],
+      parent[spec.slot],
+      config=config,
+      channel_mean=statistics[spec.slot],
+      method=settings.init,
+      seed=settings.seed,
+    )
+  if settings.least_squares:
+    variants = least_squares.fit(space, config, own, variants, train=train, heldout=heldout, median=scale.median)
   variants = jax.tree.map(jnp.asarray, variants)
-  before = _evaluate(space, config, dict(parent), variants, heldout, scale)
+  before = _evaluate(space, config, own, variants, heldout, scale)
 
   split = {name: _split(weights) for name, weights in variants.items() if weights}
   trained = {name: jax.tree.map(jnp.copy, parts[0]) for name, parts in split.items()}
   frozen = {name: parts[1] for name, parts in split.items()}
   states = {name: settings.optimizer().init(weights) for name, weights in trained.items()}
-  curve: dict[str, list[float]] = {name: [] for name in trained}
+  curve: dict[str, list[Any]] = {name: [] for name in trained}
   trained_space = dataclasses.replace(
     space,
     attention=tuple(s for s in space.attention if s is space.attention[0] or s.id in trained),
@@ -330,12 +229,12 @@ def distil_layer(
     batch = train[order.pop()]
     inputs = (batch.x_BTD, batch.context, batch.real_BT)
     trained, states, losses = train_step(
-      trained_space, config, settings, dict(parent), trained, frozen, states, inputs, (scale.median, scale.mean)
+      trained_space, config, settings, own, trained, frozen, states, inputs, (scale.median, scale.mean)
     )
     for name, loss in losses.items():
-      curve[name].append(loss)  # type: ignore[arg-type]  # fetched after the loop: the device does not wait
+      curve[name].append(loss)  # fetched after the loop: the device does not wait
   after_variants = variants | {name: trained[name] | frozen[name] for name in trained}
-  after = _evaluate(space, config, dict(parent), after_variants, heldout, scale)
+  after = _evaluate(space, config, own, after_variants, heldout, scale)
 
   weights, report = {}, {}
   for name in variants:

@@ -26,6 +26,12 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     raise PuzzleError(f"{name}={value!r} is not one of {', '.join(known)}")
 
 
+def _at_least(least: int, section: str, **values: int) -> None:
+  for name, value in values.items():
+    if value < least:
+      raise PuzzleError(f"{section}.{name}={value} must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Text and how it is packed.
@@ -51,6 +57,7 @@ class DataConfig:
   eval_tokens: int = 4_096
 
   def __post_init__(self) -> None:
+    _at_least(2, "data", seq_len=self.seq_len)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
       if getattr(self, name) < self.seq_len:
         raise PuzzleError(f"data.{name}={getattr(self, name)} is less than one row of data.seq_len={self.seq_len}")
@@ -67,6 +74,7 @@ class ActivationsConfig:
 
   def __post_init__(self) -> None:
     _one_of("activations.dtype", self.dtype, DTYPES)
+    _at_least(1, "activations", batch_rows=self.batch_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,9 @@ class SpaceConfig:
   ffn: tuple[str | float, ...] = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")
   ffn_multiple: int = 64
   layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    _at_least(1, "space", ffn_multiple=self.ffn_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +101,7 @@ class ScoresConfig:
   def __post_init__(self) -> None:
     _one_of("scores.granularity", self.granularity, GRANULARITIES)
     _one_of("scores.metric", self.metric, METRICS)
+    _at_least(1, "scores", batch_rows=self.batch_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +120,11 @@ class CostsConfig:
   output_tokens: int = 128
   batches: tuple[int, ...] = (1,)
   timing: TimingConfig = dataclasses.field(default_factory=TimingConfig)
+
+  def __post_init__(self) -> None:
+    _at_least(1, "costs", input_tokens=self.input_tokens, output_tokens=self.output_tokens)
+    if not self.batches or min(self.batches) < 1:
+      raise PuzzleError(f"costs.batches={self.batches} must name one batch size or more, each at least 1")
 
   @property
   def scenario(self) -> Scenario:
@@ -129,6 +146,9 @@ class EvaluationConfig:
   batch_rows: int = 2
   prompts: tuple[str, ...] = ()  # chat messages
   max_new_tokens: int = 48
+
+  def __post_init__(self) -> None:
+    _at_least(1, "evaluation", batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +179,14 @@ class RunConfig:
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
+  def __post_init__(self) -> None:
+    batch = self.gkd.batch_rows * self.data.seq_len
+    if self.gkd.steps and self.data.gkd_tokens < batch:
+      raise PuzzleError(
+        f"data.gkd_tokens={self.data.gkd_tokens} is less than one batch of gkd.batch_rows={self.gkd.batch_rows} rows "
+        f"of data.seq_len={self.data.seq_len}; {batch} are needed"
+      )
+
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
@@ -179,7 +207,7 @@ def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
     if key not in hints:
       near = difflib.get_close_matches(key, hints, n=1)
       raise PuzzleError(
-        f"unknown config key {path}.{key}; {f'did you mean {near[0]}?' if near else ''} known: {', '.join(hints)}"
+        f"unknown config key {path}.{key}; {f'did you mean {near[0]}? ' if near else ''}known: {', '.join(hints)}"
       )
     hint = hints[key]
     if dataclasses.is_dataclass(hint):

@@ -202,7 +202,7 @@ def train(
             f"gkd: the loss of step {step + 1} is {loss}; the last good checkpoint is kept in {folder}; "
             f"lower gkd.learning_rate ({config.learning_rate}) and start again"
           )
-        bar.set_postfix_str(f"loss {loss:.3f}, KL {kl:.3f}")
+        bar.set_postfix_str(f"loss {loss:.3f}, KL {kl:.3f}", refresh=False)
         bar.update()
         if step + 1 < config.steps:
           checkpoints.save(step + 1, state, custom_metadata={"iterator": iterator.get_state()})

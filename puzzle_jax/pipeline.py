@@ -7,6 +7,7 @@ missing, and a changed config redoes exactly the stages that depend on the chang
 
 import dataclasses
 import difflib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -44,12 +45,13 @@ class Stage:
 
   def key(self, run: Run) -> dict[str, Any]:
     config = run.config.to_dict()
-    return {
+    key = {
       "version": self.version,
       "parent": run.parent.digest,
       "config": {section: config[section] for section in self.config},
       "inputs": {name: run.store(name).content() for name in self.inputs},
     }
+    return json.loads(json.dumps(key))  # as a manifest gives it back: tuples are lists
 
 
 STAGES = (

@@ -61,7 +61,7 @@ class Space:
 
 
 def _attention(parent: Subblock, names: Sequence[str]) -> list[Subblock]:
-  variants = []
+  variants: list[Subblock] = []
   for name in names:
     if name == "gqa":  # every proper divisor of the parent's KV heads, so that heads merge in equal groups
       if isinstance(parent, arch.GQA):

@@ -1,28 +1,21 @@
-"""A variant's first weights, from the parent's (paper section 2), and the least-squares fit on top of them.
+"""A variant's first weights, from the parent's (paper section 2).
 
 `METHODS`: "paper" is what the paper does (channel contribution, mean-pooled KV heads, W_V·W_O and W_up·W_down
 products), "truncate" takes the first channels or heads and "random" draws all weights; both show what the paper's
-choice is worth.
-
-`NormalEquations` then replaces the last matrix of any variant by the least-squares solution for the parent's own
-output, in closed form: W_up·W_down can be worse than removing the FFN, the fit never is (docs/architecture.md).
+choice is worth. `least_squares` then fits the last matrix.
 """
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from puzzle_jax import arch
 from puzzle_jax.arch import ModelConfig, Subblock
 from puzzle_jax.errors import PuzzleError
 
 METHODS = ("paper", "truncate", "random")
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the Gram matrix
 
 Weights = Mapping[str, np.ndarray]
 
@@ -55,8 +48,7 @@ def _(
 
   def pool(w: np.ndarray) -> np.ndarray:
     groups = w.reshape(spec.kv_heads, -1, config.head_dim, *w.shape[1:])
-    pooled = groups[:, 0] if truncate else groups.mean(axis=1)
-    return pooled.reshape(-1, *w.shape[1:])
+    return (groups[:, 0] if truncate else groups.mean(axis=1)).reshape(-1, *w.shape[1:])
 
   return {name: pool(w) if name in ("k", "v", "k_bias", "v_bias") else w for name, w in weights.items()}
 
@@ -100,8 +92,8 @@ def _(
   del spec, channel_mean, truncate
   if not isinstance(parent, arch.GQA):
     return dict(weights)
-  v = weights["v"].reshape(parent.kv_heads, config.head_dim, -1)
-  v = np.repeat(v, config.num_heads // parent.kv_heads, axis=0).reshape(config.q_size, -1)
+  heads = weights["v"].reshape(parent.kv_heads, config.head_dim, -1)
+  v = np.repeat(heads, config.num_heads // parent.kv_heads, axis=0).reshape(config.q_size, -1)
   return {"norm": weights["norm"], "linear": weights["o"] @ v}
 
 
@@ -146,50 +138,7 @@ def initial(
   if method == "random":
     rng = np.random.default_rng(seed)
     fresh = {k: t.shape for k, t in spec.tensors(config).items()}
-    drawn = {k: rng.standard_normal(s) / math.sqrt(s[-1]) if len(s) == 2 else np.zeros(s) for k, s in fresh.items()}
-    return {k: np.float32(w) for k, w in drawn.items()} | {k: weights[k] for k in fresh if k == "norm"}
+    scale = {k: 1 / math.sqrt(s[-1]) if len(s) == 2 else 0.0 for k, s in fresh.items()}
+    drawn = {k: (scale[k] * rng.standard_normal(s)).astype(np.float32) for k, s in fresh.items()}
+    return drawn | {k: weights[k] for k in fresh if k == "norm"}
   return from_parent(spec, parent, weights, config=config, channel_mean=channel_mean, truncate=method == "truncate")
-
-
-@jax.jit
-def _products(
-  features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  weighted = features_TE * weight_T[:, None]
-  with jax.default_matmul_precision("highest"):
-    return weighted.T @ features_TE, weighted.T @ target_TD, jnp.sum(weight_T[:, None] * jnp.square(target_TD))
-
-
-class NormalEquations:
-  """Streamed weighted least squares: min over W of Σ_t weight_t · ‖W·features_t − target_t‖².
-
-  Products are fp32 a batch and summed in fp64: Gram matrices of activations have condition numbers to 1e10.
-  """
-
-  def __init__(self, num_features: int, num_targets: int):
-    self._gram = np.zeros((num_features, num_features))
-    self._cross = np.zeros((num_features, num_targets))
-    self._square = 0.0
-
-  def add(self, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array) -> None:
-    """Adds tokens, fp32; weight 0 leaves a token out."""
-    gram, cross, square = _products(features_TE, target_TD, weight_T)
-    self._gram += np.asarray(gram)
-    self._cross += np.asarray(cross)
-    self._square += float(square)
-
-  def loss(self, w_DE: np.ndarray) -> float:
-    """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""
-    residual = self._square - 2 * np.sum(w_DE.T * self._cross) + np.sum(w_DE * (w_DE @ self._gram))
-    return float(residual / self._square)
-
-  def solve(self, ridge: float) -> np.ndarray:
-    """W [D, E] with `ridge` times the mean diagonal added to the diagonal."""
-    size = len(self._gram)
-    damped = self._gram + ridge * np.trace(self._gram) / size * np.eye(size)
-    return scipy.linalg.solve(damped, self._cross, assume_a="pos").T
-
-  def fit(self, heldout: "NormalEquations", *, start_DE: np.ndarray, ridges: Sequence[float] = RIDGES) -> np.ndarray:
-    """The solution [D, E] of the ridge that does best on held-out tokens, or `start_DE` where that is better still."""
-    candidates = [start_DE, *(self.solve(ridge) for ridge in ridges)]
-    return min(candidates, key=heldout.loss).astype(np.float32)

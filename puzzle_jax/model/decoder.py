@@ -11,12 +11,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.model import subblocks
 from puzzle_jax.model.subblocks import Cache, Context
 
 Tree = dict[str, Any]
+Array = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -34,11 +36,10 @@ class Output:
   cache: list[Cache] | None = None
 
 
-def context_of(
-  config: ModelConfig, positions_BT: jax.Array, *, segments_BT: jax.Array | None = None
-) -> subblocks.Context:
+def context_of(config: ModelConfig, positions_BT: Array, *, segments_BT: Array | None = None) -> subblocks.Context:
+  positions_BT = jnp.asarray(positions_BT)
   cos, sin = subblocks.rope_tables(config, positions_BT)
-  return Context(positions_BT, cos, sin, segments_BT)
+  return Context(positions_BT, cos, sin, None if segments_BT is None else jnp.asarray(segments_BT))
 
 
 def block_apply(
@@ -51,7 +52,7 @@ def block_apply(
   return x_BTD + delta, cache
 
 
-def embed(params: Tree, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
+def embed(params: Tree, tokens_BT: Array, *, dtype: Any) -> jax.Array:
   return params["embed"][tokens_BT].astype(dtype)
 
 
@@ -61,7 +62,7 @@ def final_norm(config: ModelConfig, params: Tree, x_BTD: jax.Array) -> jax.Array
 
 def head_weights(params: Tree) -> jax.Array:
   """The LM head [V, D]: the embedding when tied."""
-  return params.get("head", params["embed"])
+  return params["head"] if "head" in params else params["embed"]
 
 
 def logits(params: Tree, hidden_BTD: jax.Array) -> jax.Array:
@@ -72,10 +73,10 @@ def logits(params: Tree, hidden_BTD: jax.Array) -> jax.Array:
 def apply(
   architecture: Architecture,
   params: Tree,
-  tokens_BT: jax.Array,
+  tokens_BT: Array,
   *,
-  positions_BT: jax.Array | None = None,
-  segments_BT: jax.Array | None = None,
+  positions_BT: Array | None = None,
+  segments_BT: Array | None = None,
   cache: list[Cache] | None = None,
   dtype: Any = jnp.float32,
   remat: bool = False,

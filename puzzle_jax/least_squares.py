@@ -1,0 +1,140 @@
+"""The least-squares start: a variant's last matrix in closed form (docs/architecture.md).
+
+Every subblock ends in one linear map of its `features`; the fit replaces that matrix by the one that best reproduces
+what the parent's own subblock adds, on stored activations. So it serves linear subblocks, narrowed FFNs and pooled KV
+heads alike. W_up·W_down can be worse than removing the FFN; the fit is never worse than what it starts from, on
+held-out tokens.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from puzzle_jax.activations import Batch
+from puzzle_jax.arch import ModelConfig
+from puzzle_jax.model import subblocks
+from puzzle_jax.space import LayerSpace
+from puzzle_jax.targets import Variants, Weights, mean_square, parent_deltas, token_weights
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the Gram matrix
+
+
+@jax.jit
+def _products(
+  features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  weighted = features_TE * weight_T[:, None]
+  with jax.default_matmul_precision("highest"):
+    return weighted.T @ features_TE, weighted.T @ target_TD, jnp.sum(weight_T[:, None] * jnp.square(target_TD))
+
+
+class NormalEquations:
+  """Streamed weighted least squares: min over W of Σ_t weight_t · ‖W·features_t − target_t‖².
+
+  Products are fp32 a batch and summed in fp64: Gram matrices of activations have condition numbers to 1e10.
+  """
+
+  def __init__(self, num_features: int, num_targets: int):
+    self._gram = np.zeros((num_features, num_features))
+    self._cross = np.zeros((num_features, num_targets))
+    self._square = 0.0
+
+  def add(self, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array) -> None:
+    """Adds tokens, fp32; weight 0 leaves a token out."""
+    gram, cross, square = _products(features_TE, target_TD, weight_T)
+    self._gram += np.asarray(gram)
+    self._cross += np.asarray(cross)
+    self._square += float(square)
+
+  def loss(self, w_DE: np.ndarray) -> float:
+    """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""
+    residual = self._square - 2 * np.sum(w_DE.T * self._cross) + np.sum(w_DE * (w_DE @ self._gram))
+    return float(residual / self._square)
+
+  def solve(self, ridge: float) -> np.ndarray:
+    """W [D, E] with `ridge` times the mean diagonal added to the diagonal."""
+    size = len(self._gram)
+    damped = self._gram + ridge * np.trace(self._gram) / size * np.eye(size)
+    return scipy.linalg.solve(damped, self._cross, assume_a="pos").T
+
+  def fit(self, heldout: "NormalEquations", *, start_DE: np.ndarray, ridges: Sequence[float] = RIDGES) -> np.ndarray:
+    """The solution [D, E] of the ridge that does best on held-out tokens, or `start_DE` where that is better still.
+
+    Features that are not finite leave `start_DE`.
+    """
+    candidates = [start_DE]
+    for ridge in ridges if np.isfinite(self._gram).all() else ():
+      with contextlib.suppress(np.linalg.LinAlgError):  # massive activations' rounding can outweigh a small ridge
+        candidates.append(self.solve(ridge))
+    return min(candidates, key=heldout.loss).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("space", "config"))
+def _regression(
+  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Any, median: float
+) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+  """Features [T, E], the parent's delta [T, D] and token weights [T] of every variant with a last matrix."""
+  x, context, real = batch
+  deltas = dict(zip(("attention", "ffn"), parent_deltas(space, config, parent, (x, context)), strict=True))
+  inputs = {"attention": x, "ffn": x + deltas["attention"]}
+  weight = token_weights(mean_square(deltas["attention"] + deltas["ffn"]), real, median)
+  result = {}
+  for spec in space.variants:
+    if spec.output is None:
+      continue
+    params = variants[spec.id]
+    features = subblocks.features(spec, config, params, inputs[spec.slot], context=context)
+    target = deltas[spec.slot].astype(jnp.float32)
+    if f"{spec.output}_bias" in params:
+      target = target - params[f"{spec.output}_bias"]
+    flat = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (features, target))
+    result[spec.id] = (*flat, weight.reshape(-1))
+  return result  # type: ignore[return-value]
+
+
+def fit(
+  space: LayerSpace,
+  config: ModelConfig,
+  parent: Weights,
+  variants: Variants,
+  *,
+  train: Iterable[Batch],
+  heldout: Iterable[Batch],
+  median: float,
+) -> Variants:
+  """The variants with their last matrices fitted.
+
+  Args:
+    space: of the layer.
+    config: of the model.
+    parent: the layer's weights by slot.
+    variants: first weights.
+    train: batches of the layer's input to fit on.
+    heldout: batches that choose the ridge.
+    median: `Scale.median`, for the weight of each token.
+  """
+
+  def equations(batches: Iterable[Batch]) -> dict[str, NormalEquations]:
+    result: dict[str, NormalEquations] = {}
+    for batch in batches:
+      inputs = (batch.x_BTD, batch.context, batch.real_BT)
+      for name, (features, target, weight) in _regression(space, config, parent, variants, inputs, median).items():
+        if name not in result:
+          result[name] = NormalEquations(features.shape[1], target.shape[1])
+        result[name].add(features, target, weight)
+    return result
+
+  fitted = dict(variants)
+  train_equations, heldout_equations = equations(train), equations(heldout)
+  for spec in space.variants:
+    if spec.output is not None:
+      start = np.asarray(variants[spec.id][spec.output])
+      best = train_equations[spec.id].fit(heldout_equations[spec.id], start_DE=start)
+      fitted[spec.id] = variants[spec.id] | {spec.output: best}
+  return fitted

@@ -1,0 +1,64 @@
+"""What a variant is held against: what the parent's subblocks add to the residual stream, and how much a token counts.
+
+A few sink tokens have massive activations: in SmolLM2's middle layers four tokens of 4,096 make over 90 % of the mean
+square of a block's output. A token's weight is capped so that none counts for more than `SINK_CAP` median tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puzzle_jax.activations import Batch
+from puzzle_jax.arch import ModelConfig
+from puzzle_jax.model import subblocks
+from puzzle_jax.space import LayerSpace
+
+SINK_CAP = 10.0
+
+Weights = dict[str, Any]  # of a block by slot, or of a subblock by name
+Variants = dict[str, Weights]  # by `Subblock.id`
+
+
+@functools.partial(jax.jit, static_argnames=("space", "config"))
+def parent_deltas(space: LayerSpace, config: ModelConfig, parent: Weights, batch: Any) -> tuple[jax.Array, jax.Array]:
+  """What the parent's attention and FFN add, [B, T, D] each."""
+  x, context = batch
+  attention = subblocks.apply(space.attention[0], config, parent["attention"], x, context=context)[0]
+  ffn = subblocks.apply(space.ffn[0], config, parent["ffn"], x + attention, context=context)[0]
+  return attention, ffn
+
+
+def mean_square(x_BTD: jax.Array) -> jax.Array:
+  """Over the hidden dimension, [B, T] in fp32."""
+  return jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """The normalisers of a layer's loss, fixed from held-out tokens: the median and the capped mean of delta squares."""
+
+  median: float
+  mean: float
+
+  @classmethod
+  def of(cls, squares_T: np.ndarray) -> "Scale":
+    median = float(np.median(squares_T))
+    return cls(median, float(np.mean(np.minimum(squares_T, SINK_CAP * median))))
+
+
+def token_weights(square_BT: jax.Array, real_BT: jax.Array, median: jax.Array | float) -> jax.Array:
+  """Weight of each token, so that none counts for more than `SINK_CAP` median tokens."""
+  return real_BT * jnp.minimum(1.0, SINK_CAP * median / jnp.maximum(square_BT, 1e-30))
+
+
+def scale_of(space: LayerSpace, config: ModelConfig, parent: Weights, heldout: list[Batch]) -> Scale:
+  """The normalisers of a layer from its held-out tokens."""
+  squares = []
+  for batch in heldout:
+    attention, ffn = parent_deltas(space, config, parent, (batch.x_BTD, batch.context))
+    squares.append(np.asarray(mean_square(attention + ffn))[np.asarray(batch.real_BT) > 0])
+  return Scale.of(np.concatenate(squares))

@@ -1,0 +1,60 @@
+"""Shared by the tests: tiny random models and packed rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
+from puzzle_jax.data import PackedText
+from puzzle_jax.model import decoder
+from puzzle_jax.progress import Progress
+
+torch.set_num_threads(1)  # the oracles are tiny, and the tests run in parallel
+
+TINY = {"vocab_size": 67, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "max_context": 256, "rope_theta": 100.0}
+
+
+def _architecture(*blocks: str, **config: Any) -> Architecture:
+  return Architecture(ModelConfig(**(TINY | config)), tuple(map(BlockSpec.parse, blocks)))
+
+
+@pytest.fixture(scope="session")
+def architecture() -> Callable[..., Architecture]:
+  """Makes a tiny one of block names; keywords change its ModelConfig."""
+  return _architecture
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[..., tuple[Architecture, decoder.Tree]]:
+  """Makes a tiny architecture and random parameters, norms and biases included (NumPy's: nothing is compiled)."""
+
+  def make(*blocks: str, seed: int = 0, **config: Any) -> tuple[Architecture, decoder.Tree]:
+    architecture, rng = _architecture(*blocks, **config), np.random.default_rng(seed)
+
+    def draw(w: jax.ShapeDtypeStruct) -> np.ndarray:
+      z = rng.standard_normal(w.shape, np.float32)
+      return 1 + 0.3 * z if len(w.shape) == 1 else z * np.float32(w.shape[-1]) ** -0.5
+
+    shapes = jax.eval_shape(lambda: decoder.init(architecture, jax.random.key(0)))
+    return architecture, jax.tree.map(lambda w: jnp.asarray(draw(w)), shapes)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def packed() -> PackedText:
+  """Eight rows of 24 tokens: documents of 9, 12 and 3 in the even rows, of 20 and padding in the odd ones."""
+  rows = [[1] * 9 + [2] * 12 + [3] * 3, [1] * 20 + [0] * 4] * 4
+  positions = [[*range(9), *range(12), *range(3)], [*range(20), *[0] * 4]] * 4
+  tokens = np.random.default_rng(0).integers(0, TINY["vocab_size"], (8, 24))
+  return PackedText(*(np.array(x, np.int32) for x in (tokens, rows, positions)))
+
+
+@pytest.fixture(scope="session")
+def quiet() -> Progress:
+  return Progress(quiet=True)

@@ -1,0 +1,253 @@
+"""Blockwise distillation: what it stores, what its losses are, and that its variants are independent jobs."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax import activations, arch, bld, surgery
+from puzzle_jax.bld import BLDConfig, Distilled
+from puzzle_jax.data import PackedText
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.library import Library
+from puzzle_jax.model import decoder, subblocks
+from puzzle_jax.space import LayerSpace
+from puzzle_jax.store import StageStore
+
+SPACE = LayerSpace(
+  (arch.GQA(2), arch.GQA(1), arch.LinearAttention(), arch.NoAttention()),
+  (arch.SwiGLU(32), arch.SwiGLU(8), arch.LinearFFN(), arch.NoFFN()),
+)
+QUICK = BLDConfig(least_squares=False, steps=0)
+TRAINING = BLDConfig(steps=40, learning_rate=3e-3, warmup_steps=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A parent's layer and what it reads: [64, 24, 32] for training, the same again held out."""
+
+  config: arch.ModelConfig
+  weights: dict[str, dict[str, np.ndarray]]
+  packed: PackedText
+  x: dict[str, np.ndarray]
+
+  def batches(self, name: str, *, rows: int = 16, x: np.ndarray | None = None) -> list[activations.Batch]:
+    x = self.x[name] if x is None else x
+    return list(activations.batches(self.config, self.packed, x, batch_rows=rows, dtype=jnp.float32))
+
+  def distil(self, settings: BLDConfig, *, space: LayerSpace = SPACE, **kwargs: Any) -> Distilled:
+    batches = {name: self.batches(name) for name in ("train", "heldout")} | kwargs
+    statistics = {"attention": np.ones(32), "ffn": np.arange(32.0)}
+    return bld.distil_layer(
+      space, self.config, self.weights, settings=settings, statistics=statistics, layer=3, **batches
+    )
+
+
+@pytest.fixture(scope="module")
+def layer(model, packed) -> Layer:
+  architecture, params = model("gqa2/w32", qkv_bias=True)
+  rng = np.random.default_rng(0)
+  mean = rng.standard_normal(32)
+  x = {name: np.float32(rng.standard_normal((64, 24, 32)) + mean) for name in ("train", "heldout")}
+  rows = PackedText(*(np.tile(array, (8, 1)) for array in packed))
+  return Layer(architecture.config, jax.device_get(params["layers"][0]), rows, x)
+
+
+@pytest.fixture(scope="module")
+def trained(layer) -> Distilled:
+  return layer.distil(TRAINING)
+
+
+@pytest.fixture(scope="module")
+def untrained(layer) -> Distilled:
+  return layer.distil(QUICK, heldout=layer.batches("heldout", rows=64))
+
+
+# What it stores
+
+
+def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path):
+  architecture, params = model("gqa2/w48", "gqa2/w48", "none/linear")
+  parent: Any = SimpleNamespace(
+    architecture=architecture,
+    head=lambda: {k: np.asarray(v) for k, v in params.items() if k != "layers"},
+    layer=lambda i: params["layers"][i],
+  )
+  store = StageStore(tmp_path)
+  store.begin({})
+  settings: Any = {"batch_rows": 4, "compute_dtype": jnp.float32, "train_dtype": jnp.bfloat16, "progress": quiet}
+  sets = {"train": packed, "heldout": packed}
+  activations.write(store, parent, sets, **settings)
+  out = jax.jit(decoder.apply, static_argnums=0)(
+    architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids
+  ).layers_LBTD
+  inputs = [params["embed"][packed.tokens], *out]
+  for i, expected in enumerate(inputs):
+    np.testing.assert_allclose(activations.read(store, "heldout", i), expected, rtol=1e-5, atol=1e-5)
+    rough = activations.read(store, "train", i)
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough.astype(np.float32), expected, rtol=0.1, atol=0.1)
+  x = np.asarray(out[1])[packed.segment_ids > 0]
+  normed = x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + 1e-5) * params["layers"][2]["ffn"]["norm"]
+  statistics = activations.read_statistics(store, architecture, 2)  # of what the linear FFN's matrix multiplies
+  np.testing.assert_allclose(statistics["ffn"], np.abs(normed).mean(axis=0), rtol=0.02)  # training rows are rounded
+  assert statistics["attention"].size == 0
+
+  content, seen = store.content(), []
+  parent.layer = lambda i: seen.append(i) or params["layers"][i]
+  store._forget(activations.layer_file("train", 2))
+  activations.write(store, parent, sets, **settings)
+  assert (store.content(), seen) == (content, [1])  # goes on where something is missing
+
+
+def test_library_keeps_weights_losses_and_curves(trained, tmp_path):
+  store = StageStore(tmp_path / "library")
+  with pytest.raises(PuzzleError, match="holds no block library; run the stage `library` first"):
+    Library.open(store.root)
+  store.begin({})
+  Library(store).put(3, trained)
+  library = Library.open(store.root)
+  assert library.layers == [3]
+  assert 3 in library
+  assert 2 not in library
+  np.testing.assert_equal(library.load_layer(3), trained.weights)
+  np.testing.assert_equal(library.load(3, "ffn.w8"), trained.weights["ffn.w8"])
+  assert library.losses(3) == trained.losses
+  assert library.curves(3)["ffn.w8"] == trained.curve["ffn.w8"]
+  assert library.usable(3) == {s.id for s in SPACE.variants}
+  with pytest.raises(PuzzleError, match=r"layer 3 has no variant 'ffn.w9'; it has attention.gqa1, .*ffn.w8"):
+    library.load(3, "ffn.w9")
+
+
+# Losses
+
+
+@pytest.mark.parametrize("kind", ["paper", "delta"])
+def test_losses_are_the_definitions(layer, untrained, kind):
+  """Of whole blocks, written out: errors of the outputs over what the definition divides by."""
+  context = activations.to_context(layer.config, layer.packed, slice(None))
+  x, real = layer.x["heldout"], layer.packed.segment_ids > 0
+  apply = jax.jit(decoder.block_apply, static_argnums=(0, 1))
+
+  def block(attention: arch.Subblock, ffn: arch.Subblock, changed: str = "") -> np.ndarray:
+    weights = {s.slot: untrained.weights[s.id] if s.id == changed else layer.weights[s.slot] for s in (attention, ffn)}
+    spec = arch.BlockSpec(attention, ffn)
+    return np.asarray(apply(spec, layer.config, weights, x, context=context)[0])[real].astype(float)
+
+  parent = block(*SPACE.parent.subblocks)
+  squares = np.mean((parent - x[real]) ** 2, axis=-1)
+  cap = 10 * np.median(squares)
+  for spec in SPACE.variants:
+    pair = (spec, SPACE.ffn[0]) if spec.slot == "attention" else (SPACE.attention[0], spec)
+    error = np.mean((block(*pair, spec.id) - parent) ** 2, axis=-1)
+    if kind == "paper":
+      expected = error.mean() / np.mean(parent**2)
+    else:
+      expected = np.mean(error * np.minimum(1, cap / squares)) / np.mean(np.minimum(squares, cap))
+    assert untrained.losses[spec.id][f"{kind}_init"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_variant_equal_to_the_parent_has_loss_0(layer):
+  same = LayerSpace((arch.GQA(2), arch.GQA(2)), (arch.SwiGLU(32), arch.SwiGLU(32)))
+  for losses in layer.distil(QUICK, space=same).losses.values():
+    assert max(losses.values()) < 1e-12
+
+
+def test_a_pruned_channel_is_a_masked_one(layer):
+  """The variant of eight channels computes what the parent computes with the other 24 silenced."""
+  kept = surgery.initial(
+    arch.SwiGLU(8),
+    arch.SwiGLU(32),
+    layer.weights["ffn"],
+    config=layer.config,
+    channel_mean=np.arange(32.0),
+    method="truncate",
+    seed=0,
+  )
+  down = layer.weights["ffn"]["down"] * (np.arange(32) < 8)
+  context = activations.to_context(layer.config, layer.packed, slice(None))
+  x = layer.x["train"]
+  pruned, _ = subblocks.apply(arch.SwiGLU(8), layer.config, kept, x, context=context)
+  masked, _ = subblocks.apply(arch.SwiGLU(32), layer.config, layer.weights["ffn"] | {"down": down}, x, context=context)
+  np.testing.assert_allclose(pruned, masked, rtol=1e-5, atol=1e-6)
+
+
+# Training
+
+
+def test_training_lowers_the_loss(trained):
+  for name in ("attention.gqa1", "ffn.w8"):
+    losses, curve = trained.losses[name], trained.curve[name]
+    assert losses["delta_trained"] < 0.8 * losses["delta_init"]
+    assert len(curve) == 40
+    assert np.mean(curve[-4:]) < 0.8 * np.mean(curve[:4])
+  linear = trained.losses["ffn.linear"]  # least squares has left nothing to train
+  assert linear["delta_trained"] == pytest.approx(linear["delta_init"], rel=0.01)
+  assert trained.weights["ffn.none"] == {}
+
+
+def test_training_never_ends_worse_than_it_began(layer):
+  """A learning rate that ruins the variant: the first weights are kept."""
+  space = LayerSpace(SPACE.attention[:1], SPACE.ffn[:2])
+  ruined = layer.distil(dataclasses.replace(QUICK, steps=3, learning_rate=10.0), space=space)
+  assert ruined.losses["ffn.w8"]["delta_trained"] > 10 * ruined.losses["ffn.w8"]["delta_init"]
+  np.testing.assert_equal(ruined.weights, layer.distil(QUICK, space=space).weights)
+
+
+def test_least_squares_beats_the_products_and_no_ffn(layer, untrained):
+  """Of FFN variants, whose fit is to the loss itself; attention variants still have the parent's FFN behind them."""
+  fitted = layer.distil(dataclasses.replace(QUICK, least_squares=True), heldout=layer.batches("heldout", rows=64))
+  loss = {name: losses["delta_init"] for name, losses in fitted.losses.items()}
+  before = {name: losses["delta_init"] for name, losses in untrained.losses.items()}
+  assert loss["ffn.w8"] < 0.95 * before["ffn.w8"]
+  assert loss["ffn.linear"] < 0.95 * before["ffn.none"] < before["ffn.linear"]
+  assert loss["ffn.none"] == before["ffn.none"]
+
+
+def test_a_poisoned_variant_spoils_no_other(layer, trained, monkeypatch, tmp_path):
+  initial = surgery.initial
+
+  def poison(spec: arch.Subblock, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+    weights = initial(spec, *args, **kwargs)
+    return weights | {"gate": np.full_like(weights["gate"], np.nan)} if spec.id == "ffn.w8" else weights
+
+  monkeypatch.setattr(surgery, "initial", poison)
+  poisoned = layer.distil(TRAINING)
+  assert np.isnan(poisoned.losses["ffn.w8"]["delta_trained"])
+  for name in {s.id for s in SPACE.variants} - {"ffn.w8"}:
+    np.testing.assert_equal(poisoned.weights[name], trained.weights[name])
+    assert poisoned.losses[name] == trained.losses[name]
+
+  store = StageStore(tmp_path)
+  store.begin({})
+  Library(store).put(3, poisoned)
+  library = Library.open(tmp_path)
+  assert library.usable(3) == {s.id for s in SPACE.variants} - {"ffn.w8"}
+  assert library.losses(3)["ffn.w8"]["delta_init"] is None
+  assert library.curves(3)["ffn.w8"] == [None] * 40
+
+
+def test_padding_tokens_do_not_matter(layer, trained):
+  noise = 100 * np.random.default_rng(9).standard_normal((64, 24, 32), np.float32)
+  padding = (layer.packed.segment_ids == 0)[..., None]
+  batches = {name: layer.batches(name, x=np.where(padding, noise, x)) for name, x in layer.x.items()}
+  other = layer.distil(TRAINING, **batches)
+  np.testing.assert_equal(other.weights, trained.weights)
+  assert other.losses == trained.losses
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"loss": "mse"}, "bld.loss='mse' is not one of delta, paper"),
+    ({"init": "best"}, "bld.init='best' is not one of paper, truncate, random"),
+    ({"steps": -1}, "steps, warmup_steps >= 0, batch_rows >= 1 and learning_rate > 0 are needed"),
+  ],
+)
+def test_refuses(change, message):
+  with pytest.raises(PuzzleError, match=message):
+    BLDConfig(**change)

@@ -1,0 +1,147 @@
+"""Cost tables: their arithmetic, what the search reads of them, and the timing by difference."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from puzzle_jax import costs, space
+from puzzle_jax.arch import Architecture, BlockSpec
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
+from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.table import Table
+
+CHAT = Scenario("chat", 20, 30)
+SECONDS = {  # of a subblock at batch 1: prefill, decode
+  "attention.gqa2": (0.5, 4.0),
+  "attention.gqa1": (0.25, 3.0),
+  "attention.none": (0.0, 0.0),
+  "ffn.w48": (1.0, 8.0),
+  "ffn.w24": (0.5, 5.0),
+}
+FIXED = (0.125, 2.0)
+
+
+def seconds(prefill: float, decode: float, *, batch: int) -> dict[str, float]:
+  return {"prefill_s": batch * prefill, "decode_s": (1 + batch) / 2 * decode}
+
+
+@pytest.fixture
+def parent(architecture) -> Architecture:
+  return architecture(*["gqa2/w48"] * 3)
+
+
+@pytest.fixture
+def built(parent) -> space.Space:
+  return space.build(parent, attention=["gqa", "none"], ffn=[0.5], ffn_multiple=8)
+
+
+@pytest.fixture
+def table() -> CostTable:
+  def at(pair: tuple[float, float]) -> dict[str, dict[str, dict[str, float]]]:
+    return {"chat": {str(batch): seconds(*pair, batch=batch) for batch in (1, 4, 16)}}
+
+  subblocks = {name: at(pair) for name, pair in SECONDS.items()}
+  return CostTable("made up", "none", {}, 2, (CHAT,), subblocks, at(FIXED), {"points": []})
+
+
+def test_json_round_trip(table):
+  assert CostTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+  with pytest.raises(PuzzleError, match="format 'x' is not 'puzzle-costs/1'"):
+    CostTable.from_json(table.to_json() | {"format": "x"})
+  with pytest.raises(PuzzleError, match=r"cost table: .*'fixed'; expected the keys"):
+    CostTable.from_json({k: v for k, v in table.to_json().items() if k != "fixed"})
+
+
+def test_a_model_costs_the_fixed_part_and_the_sum_of_its_subblocks(table, architecture):
+  child = architecture("gqa2/w48", "gqa1/w24", "none/w48")
+  expected = {
+    "prefill_s": 4 * (0.125 + (0.5 + 1.0) + (0.25 + 0.5) + 1.0),
+    "decode_s": 2.5 * (2.0 + (4.0 + 8.0) + (3.0 + 5.0) + 8.0),
+  }
+  assert table.predict(child, "chat", "4") == pytest.approx(expected)
+  assert table.fixed["chat"]["4"] == seconds(*FIXED, batch=4)  # predict added to a copy
+  with pytest.raises(PuzzleError, match=r"no ffn.linear; it has attention.gqa1, .*: measure the costs anew"):
+    table.predict(architecture("gqa2/linear"), "chat", "1")
+
+
+def test_scenarios_have_tokens():
+  assert CHAT.tokens == 50
+  with pytest.raises(PuzzleError, match="scenario chat: input and output tokens must be at least 1"):
+    Scenario("chat", 1, 0)
+
+
+def test_the_block_table_is_the_one_that_the_search_reads(table, parent, built):
+  scores = [{b.name: (0.1 * i * j, 0.01) for j, b in enumerate(x.blocks)} for i, x in enumerate(built.layers)]
+  del scores[1]["none/w48"]  # a block without a score is not offered
+  data = costs.block_table(parent, built, scores, table)
+  assert data == json.loads(json.dumps(data))
+  assert [len(x["variants"]) for x in data["layers"]] == [6, 5, 6]
+  read = Table.from_json(data)
+  assert read.parent == (0, 0, 0)
+  assert read.batches(["chat"]) == (1, 4, 16)
+  choice, blocks = (0, 2, 5), ("gqa2/w48", "gqa1/w48", "none/w24")
+  assert tuple(read.layers[i][j].block for i, j in enumerate(choice)) == blocks
+  child = Architecture(parent.config, tuple(map(BlockSpec.parse, blocks)))
+  found, predicted = read.figures(choice, "chat", 4), table.predict(child, "chat", "4")
+  assert (float(found.prefill_s), float(found.decode_s)) == pytest.approx(tuple(predicted.values()))
+  assert found.params == child.num_params()
+  assert found.memory_bytes == 2 * child.num_params() + 4 * 50 * child.kv_bytes_per_token()
+  assert float(read.total_score(choice)) == pytest.approx(0.1 * 2 + 0.2 * 5)
+  assert read.score_stderr[1, 1] == 0.01
+
+
+# Timing
+
+
+def test_differences_recover_what_each_subblock_costs(monkeypatch, parent, built, quiet):
+  """A machine on which the seconds of a model are exactly the sum of its parts."""
+  parts = SECONDS | {"ffn.none": (0.0, 0.0)}
+
+  def time(programs: Any, rounds: int, tick: Any) -> dict[Any, tuple[float, float]]:
+    result = {}
+    for name, phase, slots in programs:
+      spec, depth = name
+      column = 0 if phase == "prefill" else 1
+      layer = sum(parts[s.id][column] for s in spec.subblocks)
+      total = FIXED[column] + depth * layer
+      result[name, phase, slots] = (total if phase == "prefill" else total / CHAT.output_tokens, 0.0)
+    return result
+
+  monkeypatch.setattr(jax_timing, "_time", time)
+  config = TimingConfig(layers=5)
+  found = jax_timing.measure(parent, built, scenarios=[CHAT], batches=[1], config=config, progress=quiet)
+  assert found.subblocks.keys() == SECONDS.keys()
+  for name, pair in SECONDS.items():
+    assert tuple(found.subblocks[name]["chat"]["1"].values()) == pytest.approx(pair)
+  assert tuple(found.fixed["chat"]["1"].values()) == pytest.approx(FIXED)
+  names = {(p["is"], p["phase"]) for p in found.details["points"]}
+  assert {("base", "decode"), ("no ffn", "prefill"), ("ffn.w24", "decode")} <= names
+  assert found == CostTable.from_json(json.loads(json.dumps(found.to_json())))
+
+
+def test_a_real_timing(model, quiet):
+  """FFNs large enough to be seen above the noise; what is none costs nothing."""
+  architecture, params = model("gqa2/w4096", hidden_size=128)
+  built = space.build(architecture, attention=["none"], ffn=["w256"], ffn_multiple=8)
+  config = TimingConfig(layers=2, rounds=3, decode_steps=2)
+  found = jax_timing.measure(architecture, built, scenarios=[CHAT], batches=[2], config=config, progress=quiet)
+  assert (found.backend, found.bytes_per_value) == ("jax", 4)
+  cost = {name: at["chat"]["2"] for name, at in found.subblocks.items()}
+  for phase in ("prefill_s", "decode_s"):
+    assert cost["ffn.w4096"][phase] > cost["ffn.w256"][phase] >= cost["attention.none"][phase] == 0
+    assert found.fixed["chat"]["2"][phase] >= 0
+  assert all(p["seconds"] > 0 for p in found.details["points"])
+  small = dataclasses.replace(architecture, blocks=(BlockSpec.parse("none/none"),))
+  models = {"parent": (architecture, params), "child": (small, params | {"layers": [{"attention": {}, "ffn": {}}]})}
+  whole = jax_timing.time_models(models, scenario=CHAT, batch=2, config=config)
+  assert whole["parent"]["prefill_s"] > whole["child"]["prefill_s"] > 0
+  assert whole["parent"]["decode_s"] > whole["child"]["decode_s"] > 0
+
+
+@pytest.mark.parametrize("change", [{"layers": 1}, {"rounds": 0}, {"decode_steps": 0}])
+def test_refuses(change):
+  with pytest.raises(PuzzleError, match="layers >= 2, rounds >= 1 and decode_steps >= 1 are needed"):
+    TimingConfig(**change)

@@ -1,0 +1,167 @@
+"""Global distillation: its losses written out, what its gradient may reach, and the same child after a kill."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from puzzle_jax import data, gkd
+from puzzle_jax.arch import Architecture
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.model import decoder
+from puzzle_jax.progress import Progress
+
+CONFIG = GKDConfig(steps=6, batch_rows=4, learning_rate=3e-3, warmup_steps=1, checkpoint_steps=2)
+
+Model = tuple[Architecture, Any]
+losses = jax.jit(lambda child, parent, batch, a, b: gkd.losses((a, child), (b, parent), batch), static_argnums=(3, 4))
+
+
+@pytest.fixture(scope="module")
+def parent(model) -> Model:
+  return model("gqa2/w48", "gqa2/w48", "gqa2/w48")
+
+
+@pytest.fixture(scope="module")
+def child(model, parent) -> Model:
+  """Of the parent's own blocks but for the middle one."""
+  architecture, other = model("gqa2/w48", "none/linear", "gqa2/w48", seed=1)
+  layers = [parent[1]["layers"][0], other["layers"][1], parent[1]["layers"][2]]
+  return architecture, parent[1] | {"layers": layers}
+
+
+def run(model: Model, packed: data.PackedText) -> tuple[np.ndarray, np.ndarray]:
+  """Log-probabilities and the output of each block, as float64."""
+  architecture, params = model
+  apply = jax.jit(decoder.apply, static_argnums=0)
+  out = apply(architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids)
+  logits = np.asarray(decoder.logits(params, out.hidden_BTD), np.float64)
+  return scipy.special.log_softmax(logits, axis=-1), np.asarray(out.layers_LBTD, np.float64)
+
+
+def test_losses_are_the_definitions(child, parent, packed):
+  log_q, hidden_q = run(child, packed)
+  log_p, hidden_p = run(parent, packed)
+  kl, lm, cosine = [], [], []
+  for row, column in np.ndindex(*packed.tokens.shape):
+    here, *after = packed.segment_ids[row, column : column + 2]
+    if here and after == [here]:
+      kl.append(np.sum(np.exp(log_p[row, column]) * (log_p[row, column] - log_q[row, column])))
+      lm.append(-log_q[row, column, packed.tokens[row, column + 1]])
+    if here:
+      pairs = zip(hidden_q[:, row, column], hidden_p[:, row, column], strict=True)
+      cosine.append(sum(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs))
+  found = losses(child[1], parent[1], packed, child[0], parent[0])
+  assert len(kl) < len(cosine) < packed.tokens.size
+  assert min(np.mean(kl), np.mean(cosine)) > 0.1
+  assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-5)
+  assert found["lm"] == pytest.approx(np.mean(lm), rel=1e-5)
+  assert found["cosine"] == pytest.approx(np.mean(cosine), rel=1e-5)
+
+
+def test_an_identical_child_has_loss_0(parent, packed):
+  """Stacked, so that another program computes it: to fp32's rounding of 1 − cos, three layers of it."""
+  found = losses(jax.jit(decoder.stacked, static_argnums=0)(*parent), parent[1], packed, parent[0], parent[0])
+  assert abs(float(found["kl"])) < 1e-6
+  assert abs(float(found["cosine"])) < 1e-6
+  assert found["lm"] > 1
+
+
+def test_the_gradient_does_not_reach_the_parent(child, parent, packed):
+  def total(params: Any) -> jax.Array:
+    return sum(gkd.losses((child[0], params["child"]), (parent[0], params["parent"]), packed).values())
+
+  gradient = jax.device_get(jax.jit(jax.grad(total))({"child": child[1], "parent": parent[1]}))
+  assert all(np.any(g != 0) for g in jax.tree.leaves(gradient["child"]))
+  assert all(np.all(g == 0) for g in jax.tree.leaves(gradient["parent"]))
+
+
+@dataclasses.dataclass
+class Training:
+  """Trains a child in a folder; `die_after` steps it is killed."""
+
+  child: Model
+  parent: Model
+  packed: data.PackedText
+  steps: int = 0
+
+  def run(
+    self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, die_after: int = 99, config: GKDConfig = CONFIG
+  ) -> Any:
+    step, self.steps = gkd.train_step, 0
+
+    def counted(*args: Any, **kwargs: Any) -> gkd.State:
+      if self.steps == die_after:
+        raise KeyboardInterrupt
+      self.steps += 1
+      return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(gkd, "train_step", counted)
+      return gkd.train(
+        self.child, self.parent, self.packed, config=config, folder=folder, progress=Progress(quiet=True)
+      )
+
+
+@pytest.fixture(scope="module")
+def training(child, parent, packed) -> Training:
+  return Training(child, parent, packed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training, tmp_path_factory) -> Any:
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    return training.run(tmp_path_factory.mktemp("undisturbed"), monkeypatch)
+
+
+def test_training_lowers_the_loss(child, parent, packed, undisturbed):
+  params, history = undisturbed
+  assert [sorted(row) for row in history] == [sorted(gkd.METRICS)] * 6
+  for row in history:
+    assert row["loss"] == pytest.approx(row["cosine"] + row["kl"], rel=1e-6)
+  before = losses(child[1], parent[1], packed, child[0], parent[0])
+  after = losses(params, parent[1], packed, child[0], parent[0])
+  for name in ("kl", "cosine"):
+    assert after[name] < 0.9 * before[name]
+  assert np.all(np.isfinite(child[1]["embed"]))  # donated copies: the caller's parameters are still there
+
+
+@pytest.mark.parametrize("die_after, redone", [(1, 6), (3, 4), (5, 2)])
+def test_a_killed_training_goes_on_to_the_same_child(training, undisturbed, monkeypatch, tmp_path, die_after, redone):
+  with pytest.raises(KeyboardInterrupt):
+    training.run(tmp_path / "gkd", monkeypatch, die_after=die_after)
+  params, history = training.run(tmp_path / "gkd", monkeypatch)
+  assert training.steps == redone  # from the last checkpoint, not from the start
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
+  assert history == undisturbed[1]
+  gkd.forget_checkpoints(tmp_path / "gkd")
+  assert not (tmp_path / "gkd").exists()
+
+
+def test_a_loss_that_is_not_finite_is_named(training, child, monkeypatch, tmp_path):
+  bad = Training((child[0], child[1] | {"norm": jnp.full(32, jnp.nan)}), training.parent, training.packed)
+  with pytest.raises(PuzzleError, match=r"the loss of step 1 is nan; .* lower gkd.learning_rate \(0.003\)"):
+    bad.run(tmp_path / "gkd", monkeypatch)
+
+
+def test_no_steps_leave_the_child_as_it_is(training, child, monkeypatch, tmp_path):
+  assert training.run(tmp_path / "gkd", monkeypatch, config=GKDConfig(steps=0)) == (child[1], [])
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"steps": -1}, "steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed"),
+    ({"kl_weight": -1.0}, "the loss weights must not be negative"),
+    ({"kl_weight": 0.0, "cosine_weight": 0.0}, "one of them must be above 0"),
+  ],
+)
+def test_refuses(change, message):
+  with pytest.raises(PuzzleError, match=message):
+    GKDConfig(**change)
