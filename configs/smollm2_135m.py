@@ -30,7 +30,7 @@ PROMPTS = (
 
 
 def _quickstart() -> RunConfig:
-  steps, rows, length = 44, 2, 256
+  steps, rows, length = 64, 2, 256
   return RunConfig(
     name="smollm2_135m.py:quickstart",
     data=DataConfig(
@@ -41,11 +41,11 @@ def _quickstart() -> RunConfig:
       eval_tokens=4_096,
     ),
     space=SpaceConfig(attention=("linear", "none"), ffn=(0.75, 0.5, 0.25, "linear", "none"), ffn_multiple=128),
-    bld=BLDConfig(steps=16, batch_rows=4, learning_rate=2e-4, warmup_steps=4),
+    bld=BLDConfig(steps=8, batch_rows=4, learning_rate=5e-4, warmup_steps=2),
     scores=ScoresConfig(granularity="subblocks"),
-    costs=CostsConfig(input_tokens=64, output_tokens=192, timing=TimingConfig(layers=12, rounds=5)),
+    costs=CostsConfig(input_tokens=64, output_tokens=192, timing=TimingConfig(layers=12, rounds=7)),
     search=SearchConfig(limits=Limits(min_speedup=1.3), frontier=(1.1, 1.2, 1.4, 1.5, 1.6, 1.8, 2.0)),
-    gkd=GKDConfig(steps=steps, batch_rows=rows, learning_rate=2e-4, warmup_steps=6, checkpoint_steps=15),
+    gkd=GKDConfig(steps=steps, batch_rows=rows, learning_rate=2e-4, warmup_steps=6, remat=False, checkpoint_steps=20),
     evaluation=EvaluationConfig(prompts=PROMPTS),
   )
 

@@ -14,6 +14,7 @@ from puzzle_jax.data import PackedText
 from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
 
+jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the oracles are tiny, and the tests run in parallel
 
 TINY = {"vocab_size": 67, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "max_context": 256, "rope_theta": 100.0}

@@ -92,7 +92,8 @@ def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path
     assert rough.dtype == jnp.bfloat16
     np.testing.assert_allclose(rough.astype(np.float32), expected, rtol=0.1, atol=0.1)
   x = np.asarray(out[1])[packed.segment_ids > 0]
-  normed = x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + 1e-5) * params["layers"][2]["ffn"]["norm"]
+  scale = np.asarray(params["layers"][2]["ffn"]["norm"])
+  normed = x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + 1e-5) * scale
   statistics = activations.read_statistics(store, architecture, 2)  # of what the linear FFN's matrix multiplies
   np.testing.assert_allclose(statistics["ffn"], np.abs(normed).mean(axis=0), rtol=0.02)  # training rows are rounded
   assert statistics["attention"].size == 0

@@ -74,7 +74,7 @@ def test_what_flags_give_becomes_what_the_stages_take():
     ({"scores": {"metric": "accuracy"}}, "scores.metric='accuracy' is not one of kl, lm_loss"),
     ({"gkd": {"kl_weight": 0, "cosine_weight": 0}}, "one of them must be above 0"),
     ({"costs": {"timing": {"layers": 1}}}, "layers >= 2"),
-    ({"search": {"limits": {"min_speedup": 0}}}, "limit min_speedup=0.0 must be above 0"),
+    ({"search": {"limits": {"min_speedup": 0}}}, "limit min_speedup=0.0 must be"),
     ({"export": {"dtype": "int8"}}, "export.dtype='int8' is not one of"),
   ],
 )

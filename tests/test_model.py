@@ -126,7 +126,7 @@ def test_cached_decoding_is_the_full_forward(model):
   tokens = jax.random.randint(jax.random.key(0), (2, 14), 1, 67)
   lengths = np.array([5, 9])
   full = np.asarray(apply(architecture, params, tokens).hidden_BTD)
-  prompt = jnp.where(jnp.arange(9) < lengths[:, None], tokens[:, :9], 0)
+  prompt = np.where(np.arange(9) < lengths[:, None], tokens[:, :9], 0)
   cache = decoder.empty_cache(architecture, batch=2, length=16)
   positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
   out = apply(architecture, params, prompt, positions_BT=positions, cache=cache)

@@ -43,7 +43,7 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
   """RMS norm, computed in fp32, returned in x's dtype."""
   x = x_BTD.astype(jnp.float32)
   x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-  return (x * scale_D).astype(x_BTD.dtype)
+  return (x * scale_D[None, None]).astype(x_BTD.dtype)
 
 
 def rope_tables(config: arch.ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,7 +54,7 @@ def rope_tables(config: arch.ModelConfig, positions_BT: jax.Array) -> tuple[jax.
     smooth = (s.original_max_context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: long waves, scaled in full; 1: short waves, left alone
     frequencies = frequencies * ((1 - smooth) / s.factor + smooth)
-  angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+  angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
   angles = jnp.concatenate([angles, angles], axis=-1)
   return jnp.cos(angles), jnp.sin(angles)
 
@@ -112,7 +112,7 @@ class GQAttention(_Subblock):
     def project(name: str, heads: int) -> jax.Array:
       y = dot("btd,ed->bte", h_BTD, p[name])
       if f"{name}_bias" in p:
-        y = y + p[f"{name}_bias"].astype(y.dtype)
+        y = y + p[f"{name}_bias"].astype(y.dtype)[None, None]
       return y.reshape(*y.shape[:2], heads, self.config.head_dim)
 
     q = _rotate(project("q", self.config.num_heads), context)
@@ -126,15 +126,15 @@ class GQAttention(_Subblock):
         "v": cache["v"].at[rows, context.positions_BT].set(v.astype(cache["v"].dtype)),
       }
       k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-      mask = jnp.arange(k.shape[1]) <= context.positions_BT[..., None]
+      mask = jnp.arange(k.shape[1])[None, None] <= context.positions_BT[..., None]
     elif context.segments_BT is not None:
       segments = context.segments_BT
       causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
-      mask = (segments[:, :, None] == segments[:, None, :]) & causal
+      mask = (segments[:, :, None] == segments[:, None, :]) & causal[None]
     y_BTE = _attend(q, k, v, mask).reshape(*q.shape[:2], self.config.q_size)
     y_BTD = self.output(y_BTE, p["o"])
     if "o_bias" in p:
-      y_BTD = y_BTD + p["o_bias"].astype(y_BTD.dtype)
+      y_BTD = y_BTD + p["o_bias"].astype(y_BTD.dtype)[None, None]
     return y_BTD, cache or {}
 
 
