@@ -45,6 +45,7 @@ class DataConfig:
     gkd_tokens: for global distillation; other rows than `train_tokens`.
     heldout_tokens: for scores.
     eval_tokens: for the evaluation; other rows than `heldout_tokens`.
+    seed: of the order of documents.
   """
 
   source: str = "stdlib"
@@ -55,6 +56,7 @@ class DataConfig:
   gkd_tokens: int = 16_384
   heldout_tokens: int = 2_048
   eval_tokens: int = 4_096
+  seed: int = 0
 
   def __post_init__(self) -> None:
     _at_least(2, "data", seq_len=self.seq_len)
@@ -167,7 +169,6 @@ class RunConfig:
 
   name: str = "run"
   parent: str = "smollm2-135m"
-  seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
   space: SpaceConfig = dataclasses.field(default_factory=SpaceConfig)

@@ -178,8 +178,8 @@ def train(
   """
   if config.steps == 0:
     return child[1], []
-  # The step donates its input: copy, so that the caller's parameters stay valid.
-  params = jax.tree.map(jnp.copy, decoder.stacked(*child))
+  # The step donates its input: what stacking has not copied is copied here, so that the caller's stay valid.
+  params = {k: v if k == "runs" else jnp.copy(v) for k, v in decoder.stacked(*child).items()}
   parent_params = decoder.stacked(*parent)
   history = jnp.zeros((config.steps, len(METRICS)))
   state = State(params, config.optimizer().init(params), jnp.zeros((), jnp.int32), history)

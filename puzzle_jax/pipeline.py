@@ -55,7 +55,7 @@ class Stage:
 
 
 STAGES = (
-  Stage("data", stages.make_data, ("data", "seed"), ()),
+  Stage("data", stages.make_data, ("data",), ()),
   Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target),
   Stage("activations", stages.make_activations, ("activations",), ("data",)),
   Stage("library", stages.make_library, ("bld", "space"), ("data", "activations")),

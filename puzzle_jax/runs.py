@@ -90,9 +90,6 @@ class Run:
     self.store("gkd").path("model/architecture.json")
     return LanguageModel.open(self.workdir.root / "gkd" / "model")
 
-  def batch_key(self) -> str:
-    return str(self.solution["batch"])
-
 
 def open_run(workdir: str | os.PathLike[str]) -> Run:
   """Opens a run's directory to look at what it made.

@@ -40,9 +40,7 @@ def make_data(run: Run, store: StageStore) -> None:
   }
   sizes = {}
   for texts, amounts in splits.values():
-    packed = data.pack(
-      texts, run.tokenizer, seq_len=config.seq_len, max_tokens=sum(amounts.values()), seed=run.config.seed
-    )
+    packed = data.pack(texts, run.tokenizer, seq_len=config.seq_len, max_tokens=sum(amounts.values()), seed=config.seed)
     start = 0
     for name, tokens in amounts.items():
       rows = slice(start, start + tokens // config.seq_len)

@@ -39,7 +39,7 @@ def test_what_flags_give_becomes_what_the_stages_take():
   "values, message",
   [
     # unknown keys, with the nearest known one
-    ({"serach": {}}, "unknown config key config.serach; did you mean search? known: name, parent, seed"),
+    ({"serach": {}}, "unknown config key config.serach; did you mean search? known: name, parent, data"),
     ({"bld": {"lerning_rate": 1e-4}}, "unknown config key config.bld.lerning_rate; did you mean learning_rate?"),
     (
       {"search": {"limits": {"min_sped_up": 2}}},
@@ -47,9 +47,9 @@ def test_what_flags_give_becomes_what_the_stages_take():
     ),
     ({"costs": {"timing": {"xyz": 1}}}, "unknown config key config.costs.timing.xyz; known: layers, rounds"),
     # types
-    ({"seed": "1"}, "config.seed='1' is not of type int"),
-    ({"seed": 1.5}, "config.seed=1.5 is not of type int"),
-    ({"seed": True}, "config.seed=True is not of type int"),
+    ({"data": {"seed": "1"}}, "config.data.seed='1' is not of type int"),
+    ({"data": {"seed": 1.5}}, "config.data.seed=1.5 is not of type int"),
+    ({"data": {"seed": True}}, "config.data.seed=True is not of type int"),
     ({"bld": {"least_squares": 1}}, "config.bld.least_squares=1 is not of type bool"),
     ({"bld": {"learning_rate": "1e-4"}}, "config.bld.learning_rate='1e-4' is not of type float"),
     ({"bld": 3}, "config.bld must be a mapping of init, least_squares"),

@@ -3,8 +3,9 @@
 A subblock's seconds are those of M equal layers with it less those of M equal layers without it, the other subblock
 being the parent's, so that weights stream from memory as they do in a real model. What is timed is `decode_step`, the
 program that `LanguageModel.generate` runs. Its attention reads the whole allocated cache, so a decode step depends on
-the cache's length alone: it is timed at the scenario's own, and at twice that to show what context costs. Programs are
-timed in turn, several rounds, and the fastest round counts: what else the machine does can only add.
+the cache's length alone: it is timed at the scenario's own, and for the parent's block with and without attention at
+twice that, to show what context costs. Programs are timed in turn, several rounds, and the fastest round counts: what
+else the machine does can only add.
 """
 
 import collections
@@ -101,22 +102,23 @@ def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable
   return {key: (min(s), statistics.median(s) / min(s) - 1) for key, s in seconds.items()}
 
 
-def _cache_lengths(scenario: Scenario) -> tuple[int, int]:
-  """The scenario's own and twice that."""
-  own = cache_length(scenario.tokens)
-  return own, 2 * own
-
-
 def _programs_of(
-  name: Any, architecture: Architecture, params: Any, *, scenario: Scenario, batch: int, config: TimingConfig
+  name: Any,
+  architecture: Architecture,
+  params: Any,
+  *,
+  scenario: Scenario,
+  batch: int,
+  steps: int,
+  context_too: bool = False,
 ) -> dict[Any, tuple[_Program, int]]:
-  own, longer = _cache_lengths(scenario)
-  tokens = prompt_length(scenario.input_tokens)
+  """Prefill and decode with the scenario's cache, and decode with one twice as long where context is to be seen."""
+  own, tokens = cache_length(scenario.tokens), prompt_length(scenario.input_tokens)
   prefill = _Program(architecture, params, batch=batch, tokens=tokens, start=0, slots=own)
   programs = {(name, "prefill", own): (prefill, 1)}
-  for slots in (own, longer):
+  for slots in (own, 2 * own) if context_too else (own,):
     decode = _Program(architecture, params, batch=batch, tokens=1, start=scenario.input_tokens, slots=slots)
-    programs[name, "decode", slots] = (decode, config.decode_steps)
+    programs[name, "decode", slots] = (decode, steps)
   return programs
 
 
@@ -143,7 +145,7 @@ def measure(
   costs: dict[str, dict[str, dict[str, dict[str, float]]]] = {s.id: {} for s in subblocks}
   fixed: dict[str, dict[str, dict[str, float]]] = {}
   details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": []}
-  programs_each = 3 * (len(set(specs.values())) + 1)
+  programs_each = 2 * (len(set(specs.values())) + 1) + 2
   total = len(scenarios) * len(batches) * programs_each * (config.rounds + 1)
   with progress.bar("costs", total=total, unit="timing") as bar:
     for scenario in scenarios:
@@ -153,7 +155,13 @@ def measure(
         for spec, depth in [*((s, config.layers) for s in set(specs.values())), (base, config.layers // 2)]:
           model = dataclasses.replace(parent, blocks=(spec,) * depth)
           programs |= _programs_of(
-            (spec, depth), model, weights.params(spec, depth), scenario=scenario, batch=batch, config=config
+            (spec, depth),
+            model,
+            weights.params(spec, depth),
+            scenario=scenario,
+            batch=batch,
+            steps=config.decode_steps,
+            context_too=depth == config.layers and spec in (base, specs["no attention"]),
           )
         timed = _time(programs, config.rounds, bar.update)
         point = _Point(timed, scenario, config.layers)
@@ -197,7 +205,7 @@ class _Point:
 
   def seconds(self, spec: BlockSpec, depth: int) -> dict[str, float]:
     """Of a whole model for the scenario."""
-    own, _ = _cache_lengths(self.scenario)
+    own = cache_length(self.scenario.tokens)
     return {
       "prefill_s": self.timed[(spec, depth), "prefill", own][0],
       "decode_s": self.timed[(spec, depth), "decode", own][0] * self.scenario.output_tokens,
@@ -243,8 +251,7 @@ def time_models(
   own = cache_length(scenario.tokens)
   programs: dict[Any, tuple[_Program, int]] = {}
   for name, (architecture, params) in models.items():
-    made = _programs_of(name, architecture, params, scenario=scenario, batch=batch, config=config)
-    programs |= {key: program for key, program in made.items() if key[2] == own}
+    programs |= _programs_of(name, architecture, params, scenario=scenario, batch=batch, steps=config.decode_steps)
   timed = _time(programs, config.rounds, lambda: None)
   return {
     name: {
