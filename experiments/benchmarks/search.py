@@ -224,7 +224,7 @@ def compare(name: str, peer: Peer, cases: list[Case]) -> dict[str, Any]:
     theirs += time.perf_counter() - middle
     ours += middle - start
     infeasible += mine is None
-    same += mine == other or (None not in (mine, other) and math.isclose(mine, other, rel_tol=1e-9))
+    same += mine == other or (mine is not None and other is not None and math.isclose(mine, other, rel_tol=1e-9))
   record = {"name": name, "instances": len(cases), "same": same, "infeasible": infeasible}
   record |= {"seconds": round(theirs, 2), "search_seconds": round(ours, 2), "time_ratio": round(theirs / ours, 2)}
   print(record, flush=True)
