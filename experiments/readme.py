@@ -40,11 +40,12 @@ def quickstart() -> str:
     ["KL to the parent (nats a token)", "0", f"{child['kl']:.3f} ± {child['kl_stderr']:.3f}", ""],
   ]
   scenario = record["target"]["scenario"]
+  limits = ", ".join(f"{name} {value:g}" for name, value in record["target"]["limits"].items())
   minutes = sum(record["stages"].values()) / 60
   return (
     f"`{record['command']}`, {minutes:.1f} minutes on {record['hardware']} ({record['date']}, JAX "
     f"{record['versions']['jax']}, Python {record['versions']['python']}); {scenario['input_tokens']} tokens in, "
-    f"{scenario['output_tokens']} out; {record['eval_tokens']:.0f} held-out tokens.\n\n"
+    f"{scenario['output_tokens']} out; asked for: {limits}; {record['eval_tokens']:.0f} held-out tokens.\n\n"
   ) + _table(["", "parent", "child", "ratio"], rows)
 
 
