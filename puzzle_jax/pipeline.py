@@ -32,6 +32,7 @@ class Stage:
     make: fills the folder.
     config: sections of the config that it reads.
     inputs: stages whose files it reads.
+    times_too: whether it depends on what inputs hold under `timing` as well.
     check: refuses, once the stage is done, what later stages could not make good.
     version: raised when the code changes what it makes.
   """
@@ -40,6 +41,7 @@ class Stage:
   make: Callable[[Run, StageStore], None]
   config: tuple[str, ...]
   inputs: tuple[str, ...]
+  times_too: bool = False
   check: Callable[[Run], None] | None = None
   version: int = 1
 
@@ -49,7 +51,7 @@ class Stage:
       "version": self.version,
       "parent": run.parent.digest,
       "config": {section: config[section] for section in self.config},
-      "inputs": {name: run.store(name).content() for name in self.inputs},
+      "inputs": {name: run.store(name).content(times_too=self.times_too) for name in self.inputs},
     }
     return json.loads(json.dumps(key))  # as a manifest gives it back: tuples are lists
 
@@ -65,7 +67,13 @@ STAGES = (
   Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child")),
   Stage("evaluation", stages.make_evaluation, ("evaluation", "costs"), ("data", "child", "gkd", "search")),
   Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
-  Stage("report", stages.make_report, ("name",), ("costs", "library", "scores", "search", "gkd", "evaluation")),
+  Stage(
+    "report",
+    stages.make_report,
+    ("name",),
+    ("costs", "library", "scores", "search", "gkd", "evaluation"),
+    times_too=True,
+  ),
 )
 
 

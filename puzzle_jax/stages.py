@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +30,30 @@ from puzzle_jax.table import Table
 
 def make_data(run: Run, store: StageStore) -> None:
   config = run.config.data
-  documents = data.load_documents(
-    config.source,
-    data_dir=run.workdir.scratch("datasets"),
-    text_field=config.text_field,
-    heldout_fraction=config.heldout_fraction,
-  )
-  splits = {
-    "train": (documents.train, {"train": config.train_tokens, "gkd": config.gkd_tokens}),
-    "heldout": (documents.heldout, {"heldout": config.heldout_tokens, "eval": config.eval_tokens}),
+  amounts = {
+    "train": {"train": config.train_tokens, "gkd": config.gkd_tokens},
+    "heldout": {"heldout": config.heldout_tokens, "eval": config.eval_tokens},
   }
-  sizes = {}
-  for texts, amounts in splits.values():
-    packed = data.pack(texts, run.tokenizer, seq_len=config.seq_len, max_tokens=sum(amounts.values()), seed=config.seed)
-    start = 0
-    for name, tokens in amounts.items():
-      rows = slice(start, start + tokens // config.seq_len)
-      start = rows.stop
-      part = packed.rows(rows)
-      store.put_arrays(f"{name}.safetensors", part._asdict())
-      sizes[name] = part.num_tokens
+  with run.progress.bar("data", total=1 + len(amounts), unit="split") as bar:
+    documents = data.load_documents(
+      config.source,
+      data_dir=run.workdir.scratch("datasets"),
+      text_field=config.text_field,
+      heldout_fraction=config.heldout_fraction,
+    )
+    bar.update()
+    sizes = {}
+    for split, sets in amounts.items():
+      texts, tokens = getattr(documents, split), sum(sets.values())
+      packed = data.pack(texts, run.tokenizer, seq_len=config.seq_len, max_tokens=tokens, seed=config.seed)
+      start = 0
+      for name, tokens in sets.items():
+        rows = slice(start, start + tokens // config.seq_len)
+        start = rows.stop
+        part = packed.rows(rows)
+        store.put_arrays(f"{name}.safetensors", part._asdict())
+        sizes[name] = part.num_tokens
+      bar.update()
   store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes})
 
 
@@ -165,14 +171,17 @@ def make_search(run: Run, store: StageStore) -> None:
   table = costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs)
   store.put_json("table.json", table)
   parsed = Table.from_json(table)
-  (solution,) = search_lib.solve(parsed, config.search.limits)
-  store.put_json("solution_0.json", solution.to_json())
   points = []
-  for value in config.search.frontier:
-    with contextlib.suppress(PuzzleError):  # past the end of the frontier
-      limits = dataclasses.replace(config.search.limits, min_speedup=value)
-      (point,) = search_lib.solve(parsed, limits)
-      points.append({"min_speedup": value} | point.to_json())
+  with run.progress.bar("search", total=1 + len(config.search.frontier), unit="solve") as bar:
+    (solution,) = search_lib.solve(parsed, config.search.limits)
+    store.put_json("solution_0.json", solution.to_json())
+    bar.update()
+    for value in config.search.frontier:
+      with contextlib.suppress(PuzzleError):  # past the end of the frontier
+        limits = dataclasses.replace(config.search.limits, min_speedup=value)
+        (point,) = search_lib.solve(parsed, limits)
+        points.append({"min_speedup": value} | point.to_json())
+      bar.update()
   store.put_json("frontier.json", {"points": [{k: v for k, v in p.items() if k != "timing"} for p in points]})
   run.progress.say(f"search: {' '.join(solution.blocks)}")
 
@@ -180,16 +189,18 @@ def make_search(run: Run, store: StageStore) -> None:
 def make_child(run: Run, store: StageStore) -> None:
   parent, library = run.parent, run.library
   blocks = tuple(BlockSpec.parse(name) for name in run.solution["blocks"])
-  layers = [
-    scoring.block_weights(layer, block, parent.layer(i, np.float32), library.load_layer(i))
-    for i, (layer, block) in enumerate(zip(run.space.layers, blocks, strict=True))
-  ]
-  with store.put_folder("model") as folder:
+  with run.progress.bar("child", total=len(blocks), unit="layer") as bar, store.put_folder("model") as folder:
+
+    def layers() -> Iterator[dict[str, Any]]:
+      for i, (layer, block) in enumerate(zip(run.space.layers, blocks, strict=True)):
+        yield scoring.block_weights(layer, block, parent.layer(i, np.float32), library.load_layer(i))
+        bar.update()
+
     write_checkpoint(
       folder,
       Architecture(parent.architecture.config, blocks),
       parent.head(np.float32),
-      layers,
+      layers(),
       tokenizer=run.tokenizer,
       metadata={"parent": parent.name, "license": parent.license},
     )
@@ -260,11 +271,15 @@ def make_export(run: Run, store: StageStore) -> None:
     f"{quality_json['perplexity']:.2f} (parent {quality_json['parent_perplexity']:.2f}), "
     f"KL to the parent {quality_json['kl']:.4f} nats a token."
   )
-  with store.put_folder("hf") as folder:
+  with run.progress.bar("export", total=1, unit="model") as bar, store.put_folder("hf") as folder:
     export_hf(run.workdir.root / "gkd" / "model", folder, dtype=run.config.export.dtype, card=card)
+    bar.update()
 
 
 def make_report(run: Run, store: StageStore) -> None:
-  summary = summarise(run)
-  store.put_json("summary.json", summary)
-  store.put_text("report.html", report.render(summary))
+  with run.progress.bar("report", total=2, unit="file") as bar:
+    summary = summarise(run)
+    store.put_json("summary.json", summary)
+    bar.update()
+    store.put_text("report.html", report.render(summary))
+    bar.update()

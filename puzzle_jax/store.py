@@ -179,9 +179,10 @@ class StageStore:
 
     return [name for name, info in self._manifest["files"].items() if broken(name, info)]
 
-  def content(self) -> str:
-    """Digest of everything that the stage made, timing left out: the key of the stages that read it."""
-    return digest({name: info["content"] for name, info in self._manifest["files"].items()})
+  def content(self, *, times_too: bool = False) -> str:
+    """Digest of everything that the stage made, without what lies under `timing`: the key of stages that read it."""
+    kind = "sha256" if times_too else "content"
+    return digest({name: info[kind] for name, info in self._manifest["files"].items()})
 
   def __contains__(self, name: str) -> bool:
     return name in self._manifest["files"] and (self.root / name).is_file()

@@ -117,8 +117,10 @@ def test_differences_recover_what_each_subblock_costs(monkeypatch, parent, built
   for name, pair in SECONDS.items():
     assert tuple(found.subblocks[name]["chat"]["1"].values()) == pytest.approx(pair)
   assert tuple(found.fixed["chat"]["1"].values()) == pytest.approx(FIXED)
-  names = {(p["is"], p["phase"]) for p in found.details["points"]}
-  assert {("base", "decode"), ("no ffn", "prefill"), ("ffn.w24", "decode")} <= names
+  points = found.details["points"]
+  timed = {(p["block"], p["layers"], p["phase"]) for p in points}
+  assert {("gqa2/w48", 5, "decode"), ("gqa2/w48", 2, "prefill"), ("gqa2/none", 5, "prefill")} <= timed
+  assert max(abs(p["residual"]) for p in points if "residual" in p) < 1e-9
   assert found == CostTable.from_json(json.loads(json.dumps(found.to_json())))
 
 

@@ -125,6 +125,18 @@ def test_a_finished_run_does_nothing(finished: Run, config: RunConfig) -> None:
   assert written(finished.workdir.root) == before
 
 
+def test_times_alone_redo_the_report(copy: Path, config: RunConfig) -> None:
+  evaluation = Workdir(copy).stage("evaluation")
+  found = evaluation.get_json("evaluation.json")
+  found["timing"]["seconds"]["child"]["decode_s"] *= 2
+  evaluation.put_json("evaluation.json", found)
+  before = written(copy)
+  run = puzzle_jax.run(config, copy, quiet=True)
+  after = written(copy)
+  assert {name for name in before if before[name] != after[name]} == {"report"}
+  assert run.summary["models"]["child"]["decode_s"] == found["timing"]["seconds"]["child"]["decode_s"]
+
+
 def test_a_changed_config_redoes_what_depends_on_it(
   copy: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,11 +1,15 @@
 """The built-in cost backend: subblocks timed in JAX on the machine at hand, by difference between whole models.
 
-A subblock's seconds are those of M equal layers with it less those of M equal layers without it, the other subblock
-being the parent's, so that weights stream from memory as they do in a real model. What is timed is `decode_step`, the
+Timed are models of M equal layers, each with one variant beside the parent's other subblock, and models without
+attention, without FFN, and of half the depth; weights stream from memory as they do in a real model. One least-squares
+fit explains their seconds by a fixed part and what each subblock adds to a layer. What is timed is `decode_step`, the
 program that `LanguageModel.generate` runs. Its attention reads the whole allocated cache, so a decode step depends on
 the cache's length alone: it is timed at the scenario's own, and for the parent's block with and without attention at
-twice that, to show what context costs. Programs are timed in turn, several rounds, and the fastest round counts: what
-else the machine does can only add.
+twice that, to show what context costs.
+
+Programs are timed in turn, several rounds, and the mean of each one's faster half counts. On a shared two-core machine
+whose speed drifts by 20 %, ten rounds of this and the fit predict a child's speed-up to +-0.008; the fastest round and
+plain differences, to +-0.021 (one standard deviation, 30 rounds of the quickstart's programs).
 """
 
 import collections
@@ -19,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.costs import CostTable, Scenario
@@ -35,7 +40,7 @@ class TimingConfig:
 
   Attributes:
     layers: M, of the models that subblocks are timed in.
-    rounds: how often each program is timed; the fastest counts.
+    rounds: how often each program is timed; the mean of its faster half counts.
     decode_steps: steps in one timing.
   """
 
@@ -86,7 +91,7 @@ class _Program:
     return (time.perf_counter() - begin) / steps
 
 
-Timed = dict[Any, tuple[float, float]]  # fastest round, and how much slower the median is, relatively
+Timed = dict[Any, tuple[float, float]]  # seconds, and the standard deviation over rounds relative to them
 
 
 def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable[[], Any]) -> Timed:
@@ -99,7 +104,8 @@ def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable
     for key, (program, steps) in programs.items():
       seconds[key].append(program(steps))
       tick()
-  return {key: (min(s), statistics.median(s) / min(s) - 1) for key, s in seconds.items()}
+  quiet = {key: statistics.fmean(sorted(s)[: (rounds + 1) // 2]) for key, s in seconds.items()}
+  return {key: (quiet[key], statistics.pstdev(s) / quiet[key]) for key, s in seconds.items()}
 
 
 def _programs_of(
@@ -134,44 +140,78 @@ def measure(
   """Times every subblock of a space in fp32 with random weights of the parent's shapes."""
   base = collections.Counter(parent.blocks).most_common(1)[0][0]
   subblocks = {s for layer in space.layers for s in (*layer.attention, *layer.ffn)}
-  specs = {
-    "base": base,
-    "no attention": BlockSpec(NoAttention(), base.ffn),
-    "no ffn": BlockSpec(base.attention, NoFFN()),
-  }
-  for s in sorted(subblocks, key=lambda s: s.id):
-    specs[s.id] = dataclasses.replace(base, **{s.slot: s})
+  without_attention = BlockSpec(NoAttention(), base.ffn)
+  specs = {base, without_attention, BlockSpec(base.attention, NoFFN())}
+  specs |= {dataclasses.replace(base, **{s.slot: s}) for s in subblocks}
+  models = [(base, config.layers // 2), *((spec, config.layers) for spec in sorted(specs, key=lambda s: s.name))]
   weights = _Weights(parent, seed=0)
   costs: dict[str, dict[str, dict[str, dict[str, float]]]] = {s.id: {} for s in subblocks}
   fixed: dict[str, dict[str, dict[str, float]]] = {}
   details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": []}
-  programs_each = 2 * (len(set(specs.values())) + 1) + 2
-  total = len(scenarios) * len(batches) * programs_each * (config.rounds + 1)
+  total = len(scenarios) * len(batches) * (2 * len(models) + 2) * (config.rounds + 1)
   with progress.bar("costs", total=total, unit="timing") as bar:
     for scenario in scenarios:
       fixed[scenario.name] = {}
       for batch in batches:
         programs: dict[Any, tuple[_Program, int]] = {}
-        for spec, depth in [*((s, config.layers) for s in set(specs.values())), (base, config.layers // 2)]:
-          model = dataclasses.replace(parent, blocks=(spec,) * depth)
+        for spec, depth in models:
           programs |= _programs_of(
             (spec, depth),
-            model,
+            dataclasses.replace(parent, blocks=(spec,) * depth),
             weights.params(spec, depth),
             scenario=scenario,
             batch=batch,
             steps=config.decode_steps,
-            context_too=depth == config.layers and spec in (base, specs["no attention"]),
+            context_too=depth == config.layers and spec in (base, without_attention),
           )
         timed = _time(programs, config.rounds, bar.update)
-        point = _Point(timed, scenario, config.layers)
-        key = str(batch)
+        own, key = cache_length(scenario.tokens), str(batch)
+        fits = {}
+        for phase, times in (("prefill_s", 1), ("decode_s", scenario.output_tokens)):
+          seconds = [timed[model, phase.removesuffix("_s"), own][0] * times for model in models]
+          fits[phase] = _fit(models, seconds)
         for s in subblocks:
-          without = specs["no attention" if s.slot == "attention" else "no ffn"]
-          costs[s.id].setdefault(scenario.name, {})[key] = point.difference(specs[s.id], without)
-        fixed[scenario.name][key] = point.fixed(base)
-        details["points"] += point.records({spec: name for name, spec in reversed(specs.items())}, batch)
+          costs[s.id].setdefault(scenario.name, {})[key] = {phase: fit.of(s) for phase, fit in fits.items()}
+        fixed[scenario.name][key] = {phase: fit.fixed for phase, fit in fits.items()}
+        for ((spec, depth), phase, slots), (seconds_each, spread) in timed.items():
+          point = {"scenario": scenario.name, "batch": batch, "block": spec.name, "layers": depth, "phase": phase}
+          point |= {"cache_slots": slots, "seconds": seconds_each, "spread": spread}
+          if slots == own:
+            point["residual"] = fits[f"{phase}_s"].residuals[spec, depth]
+          details["points"].append(point)
   return CostTable("jax", hardware(), versions(), 4, tuple(scenarios), costs, fixed, details)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+  """Seconds as fixed + Σ over subblocks.
+
+  Attributes:
+    fixed: of no subblock.
+    subblocks: of each, but no-ops.
+    residuals: of each model, how far the sum is above what was measured, relatively.
+  """
+
+  fixed: float
+  subblocks: dict[Subblock, float]
+  residuals: dict[tuple[BlockSpec, int], float]
+
+  def of(self, subblock: Subblock) -> float:
+    return self.subblocks.get(subblock, 0.0)
+
+
+def _fit(models: Sequence[tuple[BlockSpec, int]], seconds: Sequence[float]) -> _Fit:
+  """The non-negative parts that explain the seconds of models of equal layers best, by relative error."""
+  parts = sorted(
+    {s for spec, _ in models for s in spec.subblocks if not isinstance(s, (NoAttention, NoFFN))}, key=lambda s: s.id
+  )
+  matrix = np.array([[1, *(depth * (s in spec.subblocks) for s in parts)] for spec, depth in models], float)
+  weight = 1 / np.array(seconds)
+  found, _ = scipy.optimize.nnls(matrix * weight[:, None], np.ones(len(models)))
+  residuals = (matrix @ found * weight - 1).tolist()
+  return _Fit(
+    float(found[0]), dict(zip(parts, found[1:].tolist(), strict=True)), dict(zip(models, residuals, strict=True))
+  )
 
 
 class _Weights:
@@ -193,51 +233,6 @@ class _Weights:
 
   def params(self, spec: BlockSpec, depth: int) -> Any:
     return self._head | {"layers": [{s.slot: self._subblock(s, i) for s in spec.subblocks} for i in range(depth)]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Point:
-  """What was timed for one scenario and batch."""
-
-  timed: Timed
-  scenario: Scenario
-  layers: int
-
-  def seconds(self, spec: BlockSpec, depth: int) -> dict[str, float]:
-    """Of a whole model for the scenario."""
-    own = cache_length(self.scenario.tokens)
-    return {
-      "prefill_s": self.timed[(spec, depth), "prefill", own][0],
-      "decode_s": self.timed[(spec, depth), "decode", own][0] * self.scenario.output_tokens,
-    }
-
-  def difference(self, spec: BlockSpec, without: BlockSpec) -> dict[str, float]:
-    """Seconds of one subblock; a difference below zero is noise, and zero."""
-    more, less = self.seconds(spec, self.layers), self.seconds(without, self.layers)
-    return {phase: max(0.0, (more[phase] - less[phase]) / self.layers) for phase in more}
-
-  def fixed(self, base: BlockSpec) -> dict[str, float]:
-    """What remains of the parent's layers extrapolated to depth 0."""
-    depth = self.layers // 2
-    deep, shallow = self.seconds(base, self.layers), self.seconds(base, depth)
-    slope = {phase: (deep[phase] - shallow[phase]) / (self.layers - depth) for phase in deep}
-    return {phase: max(0.0, deep[phase] - self.layers * slope[phase]) for phase in deep}
-
-  def records(self, names: dict[BlockSpec, str], batch: int) -> list[dict[str, Any]]:
-    return [
-      {
-        "scenario": self.scenario.name,
-        "batch": batch,
-        "block": spec.name,
-        "is": names[spec],
-        "layers": depth,
-        "phase": phase,
-        "cache_slots": slots,
-        "seconds": fastest,
-        "spread": spread,
-      }
-      for ((spec, depth), phase, slots), (fastest, spread) in sorted(self.timed.items(), key=str)
-    ]
 
 
 def time_models(
