@@ -1,9 +1,10 @@
 """Stored parent activations (paper section 3): what each layer of the parent reads, for training and for scores.
 
-Two token sets: `train`, kept in the config's dtype, for distillation; `heldout`, kept in the dtype of the residual
-stream so that scores start from exactly what the parent computed. The parent runs one layer at a time: it never has to
-be on the device whole. `layer_07.safetensors` holds `x` [rows, T, D], the input of layer 7; `layer_L` is what the head
-reads. Alongside: the mean absolute value of what each subblock's last matrix multiplies (for channel contribution).
+Token sets: `train`, kept in the config's dtype, for distillation; `heldout` and, where there is one, `task`, kept in
+the dtype of the residual stream so that scores start from exactly what the parent computed. The parent runs one layer
+at a time: it never has to be on the device whole. `layer_07.safetensors` holds `x` [rows, T, D], the input of layer 7;
+`layer_L` is what the head reads. Alongside: the mean absolute value of what each subblock's last matrix multiplies (for
+channel contribution).
 """
 
 import dataclasses
@@ -79,21 +80,21 @@ def write(
   train_dtype: Any,
   progress: Progress,
 ) -> None:
-  """Runs the parent layer by layer over both token sets and stores every layer's input; resumes after the last one."""
+  """Runs the parent layer by layer over the token sets and stores every layer's input; resumes after the last one."""
   architecture = parent.architecture
   config, last = architecture.config, architecture.num_layers
-  dtypes = {"train": train_dtype, "heldout": compute_dtype}
-  if not all(layer_file(name, 0) in store for name in SETS):
+  dtypes = {name: train_dtype if name == "train" else compute_dtype for name in packed}
+  if not all(layer_file(name, 0) in store for name in packed):
     table = np.asarray(parent.head()["embed"], np.float32)
-    for name in SETS:
+    for name in packed:
       store.put_arrays(layer_file(name, 0), {"x": table[packed[name].tokens].astype(dtypes[name])})
   with progress.bar("activations", total=last, unit="layer") as bar:
     for layer, spec in enumerate(architecture.blocks):
       bar.update()
-      if all(layer_file(name, layer + 1) in store for name in SETS):
+      if all(layer_file(name, layer + 1) in store for name in packed):
         continue
       params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), parent.layer(layer))
-      for name in SETS:
+      for name in packed:
         x = store.get_arrays(layer_file(name, layer))["x"]
         out, sums, tokens = np.empty_like(x), None, float(np.sum(packed[name].segment_ids > 0))
         for i, batch in enumerate(batches(config, packed[name], x, batch_rows=batch_rows, dtype=compute_dtype)):

@@ -15,7 +15,7 @@ from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
-from puzzle_jax.scoring import GRANULARITIES, METRICS
+from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
 
 DTYPES = ("float32", "bfloat16")
@@ -46,6 +46,8 @@ class DataConfig:
     heldout_tokens: for scores.
     eval_tokens: for the evaluation; other rows than `heldout_tokens`.
     seed: of the order of documents.
+    task: multiple-choice items (JSON lines; `evaluation.tasks`) whose accuracy is a score too; empty: none.
+    task_items: how many of them.
   """
 
   source: str = "stdlib"
@@ -57,9 +59,12 @@ class DataConfig:
   heldout_tokens: int = 2_048
   eval_tokens: int = 4_096
   seed: int = 0
+  task: str = ""
+  task_items: int = 256
 
   def __post_init__(self) -> None:
     _at_least(2, "data", seq_len=self.seq_len)
+    _at_least(1, "data", task_items=self.task_items)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
       if getattr(self, name) < self.seq_len:
         raise PuzzleError(f"data.{name}={getattr(self, name)} is less than one row of data.seq_len={self.seq_len}")
@@ -94,15 +99,17 @@ class SpaceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScoresConfig:
-  """Replace-1-block; see `scoring`."""
+  """Replace-1-block; see `scoring`. `precision` is that of fp32 matrix products on a GPU."""
 
   granularity: str = "composed"
   metric: str = "kl"
   batch_rows: int = 4
+  precision: str = "highest"
 
   def __post_init__(self) -> None:
     _one_of("scores.granularity", self.granularity, GRANULARITIES)
     _one_of("scores.metric", self.metric, METRICS)
+    _one_of("scores.precision", self.precision, PRECISIONS)
     _at_least(1, "scores", batch_rows=self.batch_rows)
 
 
@@ -187,6 +194,9 @@ class RunConfig:
         f"data.gkd_tokens={self.data.gkd_tokens} is less than one batch of gkd.batch_rows={self.gkd.batch_rows} rows "
         f"of data.seq_len={self.data.seq_len}; {batch} are needed"
       )
+
+    if self.scores.metric == "accuracy" and not self.data.task:
+      raise PuzzleError("scores.metric='accuracy' needs a task; name a file of JSON lines with data.task")
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)

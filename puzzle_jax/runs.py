@@ -13,6 +13,7 @@ from puzzle_jax import data, space
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel, to_device
 from puzzle_jax.parents import Parent, open_parent
@@ -54,6 +55,11 @@ class Run:
   def packed(self, name: str) -> data.PackedText:
     """One of `PACKED_SETS`."""
     return data.PackedText(**self.store("data").get_arrays(f"{name}.safetensors"))
+
+  @functools.cached_property
+  def task(self) -> Task | None:
+    """The task that blocks are scored on besides text, if the config names one."""
+    return Task.from_arrays(self.store("data").get_arrays("task.safetensors")) if self.config.data.task else None
 
   @property
   def library(self) -> Library:

@@ -1,134 +1,169 @@
 """Replace-1-block scores (paper section 4): one block of the intact parent replaced, measured on held-out tokens.
 
-Each score starts at the replaced layer from the stored activations; the prefix is never recomputed. Two compiled
-programs serve all layers: one a block spec, and the parent's suffix, whose first layer is an argument. Scores are
-differences to the parent, in nats a token, with the standard error over sequences; lower is better.
+Each score starts at the replaced layer from the stored activations; the prefix is never recomputed. One program is
+compiled for each block spec, the parent's own included, and one for the metrics, whatever the number of layers. Scores
+are differences to the parent, lower is better, each with its standard error over sequences:
 
-"composed" scores every attention × FFN pair; "subblocks" replaces one subblock at a time and adds up: cheaper.
+  kl        KL(parent ‖ child), nats a token
+  lm_loss   negative log likelihood of the text, nats a token
+  cosine    1 - cosine of the two models' hidden states in front of the LM head
+  accuracy  share of a task's items that the parent answers rightly and the child does not, less the reverse
+
+"composed" scores every attention × FFN pair; "subblocks" replaces one subblock at a time and adds up: cheaper. The
+former contains the latter, so that a composed run also says how well the sums rank (`rank_correlation`).
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from puzzle_jax import activations, divergence
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.model import decoder, subblocks
-from puzzle_jax.space import LayerSpace
+from puzzle_jax.space import LayerSpace, Space
 
 GRANULARITIES = ("composed", "subblocks")
-METRICS = ("kl", "lm_loss")
+METRICS = ("kl", "lm_loss", "cosine", "accuracy")
+PRECISIONS = ("highest", "tensorfloat32")
+
+Block = tuple[BlockSpec, Any]  # with its weights by slot
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-  """A batch of held-out rows: what the parent predicts there, and the true next tokens."""
+class _Batch:
+  """Some held-out rows: where their tokens stand, what the parent predicts there, and the true next tokens."""
 
   rows: slice
   context: subblocks.Context
   reference: divergence.Reference
-  nll_BT: np.ndarray
   targets_T: jax.Array
-  mask_BT: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
-def _replaced(spec: BlockSpec, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
+def _block(spec: BlockSpec, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
   return decoder.block_apply(spec, config, params, x_BTD, context=context)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("architecture",))
-def _suffix(
-  architecture: Architecture,
-  params: Any,
-  x_BTD: jax.Array,
-  start: jax.Array,
-  context: subblocks.Context,
-  reference: divergence.Reference,
-  targets_T: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """KL to the reference and negative log likelihood, [B, T], of the parent's layers from `start` on."""
-  config, first = architecture.config, 0
-  for (spec, length), run in zip(architecture.runs(), params["runs"], strict=True):
-
-    def layer(i: jax.Array, x: jax.Array, spec: Any = spec, run: Any = run, first: int = first) -> jax.Array:
-      weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i - first, keepdims=False), run)
-      return decoder.block_apply(spec, config, weights, x, context=context)[0]
-
-    x_BTD = jax.lax.fori_loop(jnp.maximum(start, first), first + length, layer, x_BTD)
-    first += length
-  hidden = decoder.final_norm(config, params, x_BTD)
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  kl, nll = divergence.kl_and_nll_to(reference, decoder.head_weights(params), flat, targets_T=targets_T)
-  return kl.reshape(x_BTD.shape[:2]), nll.reshape(x_BTD.shape[:2])
+@functools.partial(jax.jit, static_argnames="config")
+def _measure(
+  config: ModelConfig, head: Any, x_BTD: jax.Array, reference: divergence.Reference, targets_T: jax.Array
+) -> dict[str, jax.Array]:
+  """By metric, [B, T] of what the final norm reads; the log likelihood not yet a difference."""
+  hidden_TD = decoder.final_norm(config, head, x_BTD).reshape(-1, config.hidden_size)
+  kl_T, nll_T = divergence.kl_and_nll_to(reference, decoder.head_weights(head), hidden_TD, targets_T=targets_T)
+  dots = [jnp.sum(a * b, axis=-1) for a, b in ((hidden_TD, reference.hidden_TD), (hidden_TD, hidden_TD))]
+  norm_T = jnp.sqrt(dots[1] * jnp.sum(jnp.square(reference.hidden_TD), axis=-1))
+  values = {"kl": kl_T, "lm_loss": nll_T, "cosine": 1 - dots[0] / norm_T}
+  return {name: value.reshape(x_BTD.shape[:2]) for name, value in values.items()}
 
 
 class Scorer:
-  """Scores blocks of one parent on one set of held-out rows.
+  """Holds children of one parent against it, on one set of rows.
 
   Args:
     architecture: the parent's.
-    params: its "runs" form.
-    packed: the held-out rows.
-    last_RTD: the stored input of the final norm.
+    params: its parameters, the "layers" form of `model.decoder`.
+    packed: the rows.
+    last_RTD: the stored input of the parent's final norm.
     batch_rows: rows on the device at once.
+    precision: of fp32 matrix products on a GPU or TPU, one of `PRECISIONS`.
+    task: what `packed` are the rows of, if they are a task's: then `accuracy` is the metric.
   """
 
   def __init__(
-    self, architecture: Architecture, params: Any, *, packed: PackedText, last_RTD: np.ndarray, batch_rows: int
+    self,
+    architecture: Architecture,
+    params: Mapping[str, Any],
+    *,
+    packed: PackedText,
+    last_RTD: Any,
+    batch_rows: int,
+    precision: str = "highest",
+    task: Task | None = None,
   ):
-    self._architecture, self._params = architecture, params
-    head = decoder.head_weights(params)
-    self._batches = []
-    for start in range(0, len(last_RTD), batch_rows):
-      rows = slice(start, start + batch_rows)
-      tokens = packed.tokens[rows]
-      targets = jnp.asarray(np.roll(tokens, -1, axis=1).reshape(-1))
-      x = jnp.asarray(last_RTD[rows])
-      hidden = decoder.final_norm(architecture.config, params, x)
-      reference = divergence.reference(head, hidden.reshape(-1, hidden.shape[-1]))
-      context = activations.to_context(architecture.config, packed, rows)
-      last = jnp.asarray(architecture.num_layers)
-      _, nll = _suffix(architecture, params, x, last, context, reference, targets)
-      mask = np.asarray(target_mask(packed.segment_ids[rows]))
-      self._batches.append(_Rows(rows, context, reference, np.asarray(nll), targets, mask))
+    self._config, self._head = architecture.config, {k: w for k, w in params.items() if k != "layers"}
+    self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
+    self._packed, self._task, self._precision = packed, task, precision
+    self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
+    self._batches: list[_Batch] = []
+    with jax.default_matmul_precision(precision):
+      for start in range(0, len(packed.tokens), batch_rows):
+        rows = slice(start, start + batch_rows)
+        hidden = decoder.final_norm(self._config, self._head, jnp.asarray(last_RTD[rows]))
+        reference = divergence.reference(decoder.head_weights(self._head), hidden.reshape(-1, hidden.shape[-1]))
+        targets = jnp.asarray(np.roll(packed.tokens[rows], -1, axis=1).reshape(-1))
+        context = activations.to_context(self._config, packed, rows)
+        self._batches.append(_Batch(rows, context, reference, targets))
+    self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
 
-  def score(self, layer: int, spec: BlockSpec, weights: Mapping[str, Any], x_RTD: np.ndarray) -> dict[str, float]:
-    """The scores of one block.
+  def _measured(self, x_RTD: Any, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
+    """By metric, [R, T], behind a chain of blocks."""
+    found = []
+    with jax.default_matmul_precision(self._precision):
+      for batch in self._batches:
+        x = jnp.asarray(x_RTD[batch.rows])
+        for spec, weights in blocks:
+          x = _block(spec, self._config, weights, x, batch.context)
+        found.append(_measure(self._config, self._head, x, batch.reference, batch.targets_T))
+    fetched = jax.device_get(found)
+    return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
+
+  def _scores(self, measured: dict[str, np.ndarray]) -> dict[str, float]:
+    if self._task is not None:
+      lost = self._task.correct(self._parent_nll_RT) - self._task.correct(measured["lm_loss"])
+      rows = {"accuracy": (lost, np.ones_like(lost))}
+    else:
+      measured["lm_loss"] -= self._parent_nll_RT
+      tokens = self._mask_RT.sum(1)
+      rows = {name: ((value * self._mask_RT).sum(1), tokens) for name, value in measured.items()}
+    result = {}
+    for name, (sums, tokens) in rows.items():
+      result[name], result[f"{name}_stderr"] = mean_and_error(sums, tokens)
+    return result
+
+  def score(
+    self, layer: int, spec: BlockSpec, weights: Any, x_RTD: Any, *, model: Sequence[Block] | None = None
+  ) -> dict[str, float]:
+    """The scores of one block in the parent, or in another model.
 
     Args:
       layer: where it stands.
       spec: the block.
       weights: its weights by slot.
-      x_RTD: the stored input of the layer.
+      x_RTD: the input of the layer on all rows; on the device already if it serves several scores.
+      model: whose other blocks are kept; the parent when None.
 
     Returns:
-      Each metric (nats a token above the parent's) and its standard error over rows, `<metric>_stderr`.
+      Each metric and its standard error, `<metric>_stderr`.
     """
-    rows: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    tokens: list[float] = []
-    for batch in self._batches:
-      x = jnp.asarray(x_RTD[batch.rows])
-      x = _replaced(spec, self._architecture.config, weights, x, batch.context)
-      kl, nll = _suffix(
-        self._architecture, self._params, x, jnp.asarray(layer + 1), batch.context, batch.reference, batch.targets_T
-      )
-      values = {"kl": np.asarray(kl, np.float64), "lm_loss": np.asarray(nll, np.float64) - batch.nll_BT}
-      for metric, value in values.items():
-        rows[metric] += np.sum(value * batch.mask_BT, axis=1).tolist()
-      tokens += np.sum(batch.mask_BT, axis=1).tolist()
-    result = {}
-    for metric, sums in rows.items():
-      result[metric], result[f"{metric}_stderr"] = mean_and_error(np.array(sums), np.array(tokens))
-    return result
+    suffix = (self.parent if model is None else model)[layer + 1 :]
+    return self._scores(self._measured(x_RTD, [(spec, weights), *suffix]))
+
+  def whole(self, blocks: Sequence[Block]) -> dict[str, float]:
+    """The same of a whole child; nothing is compiled for it but block specs not seen before."""
+    return self._scores(self._measured(self._embedded(), blocks))
+
+  def inputs(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
+    """What each layer of a child reads on all rows, [R, T, D], one after the other."""
+    x_RTD = np.asarray(self._embedded())
+    for spec, weights in blocks:
+      yield x_RTD
+      with jax.default_matmul_precision(self._precision):
+        outputs = [_block(spec, self._config, weights, jnp.asarray(x_RTD[b.rows]), b.context) for b in self._batches]
+      x_RTD = np.concatenate(jax.device_get(outputs))
+
+  def _embedded(self) -> jax.Array:
+    return decoder.embed(self._head, self._packed.tokens, dtype=jnp.float32)
 
 
 def mean_and_error(sums_R: np.ndarray, tokens_R: np.ndarray) -> tuple[float, float]:
@@ -147,29 +182,49 @@ def blocks_to_score(space: LayerSpace, granularity: str) -> tuple[BlockSpec, ...
   return space.single_replacements if granularity == "subblocks" else space.blocks[1:]
 
 
-def compose(
-  space: LayerSpace, scores: Mapping[str, Mapping[str, float]], *, metric: str
-) -> dict[str, tuple[float, float]]:
+Scores = Mapping[str, Mapping[str, float]]  # of a layer, by block name: metrics and standard errors
+
+
+def compose(space: LayerSpace, scores: Scores, *, metric: str) -> dict[str, tuple[float, float]]:
   """Score and standard error of every block of a layer, by block name; the parent's own is 0.
 
   Where a pair was not scored itself, its subblocks' scores are summed.
   """
-  parent = space.parent
-  result = {parent.name: (0.0, 0.0)}
-
-  def measured(block: BlockSpec) -> tuple[float, float]:
-    entry = scores[block.name]
-    return entry[metric], entry[f"{metric}_stderr"]
-
+  result = {space.parent.name: (0.0, 0.0)}
   for block in space.blocks[1:]:
-    if block.name in scores:
-      result[block.name] = measured(block)
-      continue
-    parts = [BlockSpec(block.attention, parent.ffn), BlockSpec(parent.attention, block.ffn)]
-    if all(part.name in scores for part in parts):
-      values = [measured(part) for part in parts]
-      result[block.name] = (sum(v for v, _ in values), math.hypot(*(e for _, e in values)))
+    parts = [block.name] if block.name in scores else [part.name for part in _parts(space, block)]
+    if all(part in scores for part in parts):
+      values = [scores[part][metric] for part in parts]
+      result[block.name] = (sum(values), math.hypot(*(scores[part][f"{metric}_stderr"] for part in parts)))
   return result
+
+
+def _parts(space: LayerSpace, block: BlockSpec) -> tuple[BlockSpec, BlockSpec]:
+  """The parent's block with only the one, and only the other subblock of a block."""
+  return BlockSpec(block.attention, space.parent.ffn), BlockSpec(space.parent.attention, block.ffn)
+
+
+def rank_correlation(space: Space, scores: Sequence[Scores], *, metric: str) -> dict[str, float] | None:
+  """How well the sums of subblocks' scores rank the blocks that were scored whole; None if none were.
+
+  Returns:
+    Spearman's coefficient `pooled` over all layers and the `median_of_layers`, over the `blocks` in which both
+    subblocks are replaced.
+  """
+  pairs = []
+  for layer, measured in zip(space.layers, scores, strict=True):
+    single = {block.name: measured[block.name] for block in layer.single_replacements if block.name in measured}
+    summed = compose(layer, single, metric=metric)
+    both = [name for name in measured if name not in single and name in summed]
+    pairs.append(np.array([(measured[name][metric], summed[name][0]) for name in both]).reshape(-1, 2))
+  pooled = np.concatenate(pairs)
+  if len(pooled) < 2:
+    return None
+  return {
+    "pooled": float(scipy.stats.spearmanr(*pooled.T).statistic),
+    "median_of_layers": float(np.median([scipy.stats.spearmanr(*p.T).statistic for p in pairs if len(p) > 1])),
+    "blocks": len(pooled),
+  }
 
 
 def block_weights(

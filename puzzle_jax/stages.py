@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluation import quality
+from puzzle_jax.evaluation import quality, tasks
+from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
-from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
 from puzzle_jax.serving.hf_export import export_hf
-from puzzle_jax.store import StageStore, read_json
+from puzzle_jax.store import StageStore, file_digest, read_json
 from puzzle_jax.table import Table
+
+_SAVE_EVERY_S = 10.0  # of what is scored within a layer
 
 
 def make_data(run: Run, store: StageStore) -> None:
@@ -54,7 +57,12 @@ def make_data(run: Run, store: StageStore) -> None:
         store.put_arrays(f"{name}.safetensors", part._asdict())
         sizes[name] = part.num_tokens
       bar.update()
-  store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes})
+  task = {}
+  if config.task:
+    items = tasks.read_items(config.task, limit=config.task_items)
+    store.put_arrays("task.safetensors", tasks.pack(items, run.tokenizer, seq_len=config.seq_len).arrays())
+    task = {"task": {"name": Path(config.task).name, "sha256": file_digest(Path(config.task)), "items": len(items)}}
+  store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes} | task)
 
 
 def make_costs(run: Run, store: StageStore) -> None:
@@ -85,7 +93,7 @@ def make_activations(run: Run, store: StageStore) -> None:
   activations.write(
     store,
     run.parent,
-    {name: run.packed(name) for name in activations.SETS},
+    {name: run.packed(name) for name in activations.SETS} | ({"task": run.task.packed} if run.task else {}),
     batch_rows=config.batch_rows,
     compute_dtype=jnp.float32,
     train_dtype=jnp.dtype(config.dtype),
@@ -129,37 +137,52 @@ def make_library(run: Run, store: StageStore) -> None:
 
 def make_scores(run: Run, store: StageStore) -> None:
   config, architecture = run.config.scores, run.parent.architecture
-  stored, library = run.store("activations"), run.library
-  params = decoder.stacked(architecture, run.parent_model.params)
-  scorer = scoring.Scorer(
-    architecture,
-    params,
-    packed=run.packed("heldout"),
-    last_RTD=activations.read(stored, "heldout", architecture.num_layers),
-    batch_rows=config.batch_rows,
-  )
+  stored, library, params = run.store("activations"), run.library, run.parent_model.params
+
+  def scorer(name: str, packed: data.PackedText, task: Task | None = None) -> scoring.Scorer:
+    last = activations.read(stored, name, architecture.num_layers)
+    return scoring.Scorer(
+      architecture,
+      params,
+      packed=packed,
+      last_RTD=last,
+      batch_rows=config.batch_rows,
+      precision=config.precision,
+      task=task,
+    )
+
+  scorers = {"heldout": scorer("heldout", run.packed("heldout"))}
+  if run.task is not None:
+    scorers["task"] = scorer("task", run.task.packed, run.task)
   wanted = [scoring.blocks_to_score(s, config.granularity) for s in run.space.layers]
   with run.progress.bar("scores", total=sum(map(len, wanted)), unit="block") as bar:
     for layer, blocks in enumerate(wanted):
       name = f"layer_{layer:02d}.json"
-      if name in store:
-        bar.update(len(blocks))
+      found = store.get_json(name) if name in store else {"blocks": {}, "left_out": []}
+      missing = [b for b in blocks if b.name not in found["blocks"] and b.name not in found["left_out"]]
+      bar.update(len(blocks) - len(missing))
+      if not missing:
         continue
-      x = activations.read(stored, "heldout", layer)
-      variants, usable = library.load_layer(layer), library.usable(layer)
-      parent = run.parent_model.params["layers"][layer]
-      layer_space, scores = run.space.layers[layer], {}
-      for block in blocks:
-        own = set(layer_space.parent.subblocks)
+      inputs = {name: jnp.asarray(activations.read(stored, name, layer)) for name in scorers}
+      variants, usable = jax.device_put(library.load_layer(layer)), library.usable(layer)
+      layer_space, saved = run.space.layers[layer], time.monotonic()
+      own = set(layer_space.parent.subblocks)
+      for block in missing:
+        score: dict[str, float] = {}
         if all(s in own or s.id in usable for s in block.subblocks):
-          weights = scoring.block_weights(layer_space, block, parent, variants)
-          score = scorer.score(layer, block, weights, x)
-          if np.isfinite(list(score.values())).all():
-            scores[block.name] = score
-          else:
-            run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
+          weights = scoring.block_weights(layer_space, block, params["layers"][layer], variants)
+          for kind, x in inputs.items():
+            score |= scorers[kind].score(layer, block, weights, x)
+        if score and np.isfinite(list(score.values())).all():
+          found["blocks"][block.name] = score
+        else:
+          found["left_out"].append(block.name)
+          run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
         bar.update()
-      store.put_json(name, {"blocks": scores})
+        if time.monotonic() - saved > _SAVE_EVERY_S:
+          store.put_json(name, found)
+          saved = time.monotonic()
+      store.put_json(name, found)
 
 
 def make_search(run: Run, store: StageStore) -> None:

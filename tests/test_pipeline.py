@@ -8,20 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import space
+from puzzle_jax import space, stages
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
 from puzzle_jax.report import closing_table
 from puzzle_jax.runs import Run
-from puzzle_jax.store import MANIFEST, Workdir
+from puzzle_jax.scoring import Scorer
+from puzzle_jax.store import MANIFEST, Workdir, file_digest
 
 # Of the run below on a CPU. Update them (the test prints the new ones) only with a change that means to change results.
 GOLDEN = {
@@ -190,6 +192,42 @@ def test_killed_runs_end_the_same(config: RunConfig, finished: Run, tmp_path: Pa
     assert not Workdir(workdir).stage("evaluation").done
   puzzle_jax.run(config, workdir, quiet=True)
   assert contents(workdir) == contents(finished.workdir.root)
+
+
+def test_scores_of_a_task_go_on_within_a_layer(
+  config: RunConfig, finished: Run, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  items = [{"context": f"{i} and {i} is", "choices": [f" {i + 1}", " a lot"], "answer": i % 2} for i in range(6)]
+  (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, items)))
+  task = dataclasses.replace(config.data, task=str(tmp_path / "task.jsonl"), task_items=5)
+  asked = dataclasses.replace(config, data=task, scores=dataclasses.replace(config.scores, metric="accuracy"))
+  before = ("data", "activations", "library")
+  puzzle_jax.run(asked, copy, stages=before, quiet=True)
+  # What text gives is what it gave without the task.
+  for name in ("data/heldout.safetensors", "library/layer_03.safetensors"):
+    assert file_digest(copy / name) == file_digest(finished.workdir.root / name)
+
+  score, calls = Scorer.score, list[Any]()
+
+  def dies(*args: Any, **kwargs: Any) -> dict[str, float]:
+    calls.append(args)
+    if len(calls) == 2 * 11 + 5:  # text and task: in the second layer's third block
+      raise KeyboardInterrupt
+    return score(*args, **kwargs)
+
+  monkeypatch.setattr(stages, "_SAVE_EVERY_S", 0.0)
+  monkeypatch.setattr(Scorer, "score", dies)
+  with pytest.raises(KeyboardInterrupt):
+    puzzle_jax.run(asked, copy, stages=["scores"], quiet=True)
+  done = len(calls[:-1]) // 2
+  calls[:] = [None] * 1000  # never again
+  run = puzzle_jax.run(asked, copy, stages=["scores"], quiet=True)
+  assert len(calls) - 1000 == 2 * (sum(map(len, finished.scores)) - done)
+  for found, text in zip(run.scores, finished.scores, strict=True):
+    assert found.keys() == text.keys()
+    for name, entry in found.items():
+      assert entry["accuracy"] * 5 == pytest.approx(round(entry["accuracy"] * 5))
+      assert {k: v for k, v in entry.items() if not k.startswith("accuracy")} == text[name]
 
 
 def test_an_unreachable_target_is_refused_before_distillation(config: RunConfig, tmp_path: Path) -> None:

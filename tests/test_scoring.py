@@ -14,8 +14,9 @@ from puzzle_jax import activations, arch, divergence, scoring
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation import tasks
 from puzzle_jax.model import decoder
-from puzzle_jax.space import LayerSpace
+from puzzle_jax.space import LayerSpace, Space
 from puzzle_jax.store import StageStore
 
 PARENT = ("gqa2/w48", "gqa2/w48", "gqa4/w16", "gqa2/w48")  # three runs
@@ -43,25 +44,26 @@ def stored(parent, packed, quiet, tmp_path_factory) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def scorer(parent, packed, stored) -> scoring.Scorer:
-  architecture, params = parent
-  runs = decoder.stacked(architecture, params)
-  return scoring.Scorer(architecture, runs, packed=packed, last_RTD=stored[-1], batch_rows=4)
+  return scoring.Scorer(*parent, packed=packed, last_RTD=stored[-1], batch_rows=4)
 
 
 def naive(parent: tuple[Architecture, Any], child: tuple[Architecture, Any], packed: PackedText) -> dict[str, float]:
-  """Both metrics from whole models and log_softmax over the whole vocabulary."""
+  """The metrics from whole models and log_softmax over the whole vocabulary."""
 
-  def log_probs(architecture: Architecture, params: Any) -> np.ndarray:
+  def run(architecture: Architecture, params: Any) -> tuple[np.ndarray, np.ndarray]:
     out = apply(architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids)
-    return np.asarray(jax.nn.log_softmax(decoder.logits(params, out.hidden_BTD)), np.float64)
+    log_probs = jax.nn.log_softmax(decoder.logits(params, out.hidden_BTD))
+    return np.asarray(log_probs, np.float64), np.asarray(out.hidden_BTD, np.float64)
 
-  log_p, log_q = log_probs(*parent), log_probs(*child)
+  (log_p, hidden_p), (log_q, hidden_q) = run(*parent), run(*child)
+  cosine = np.sum(hidden_p * hidden_q, -1) / np.linalg.norm(hidden_p, axis=-1) / np.linalg.norm(hidden_q, axis=-1)
   rows, columns = np.nonzero(np.asarray(target_mask(packed.segment_ids)))
   log_p, log_q, targets = log_p[rows, columns], log_q[rows, columns], packed.tokens[rows, columns + 1]
   tokens = np.arange(len(targets))
   return {
     "kl": np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)),
     "lm_loss": np.mean(log_p[tokens, targets] - log_q[tokens, targets]),
+    "cosine": np.mean(1 - cosine[rows, columns]),
   }
 
 
@@ -75,8 +77,24 @@ def test_a_score_is_that_of_the_whole_child(model, parent, scorer, stored, packe
   expected = naive(parent, (child, params | {"layers": layers}), packed)
   found = scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
   assert expected["kl"] > 0.05
-  for metric in scoring.METRICS:
-    assert found[metric] == pytest.approx(expected[metric], abs=1e-5)
+  assert found.keys() == {name + end for name in expected for end in ("", "_stderr")}
+  for metric, value in expected.items():
+    assert found[metric] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_whole_child_and_a_block_in_it(model, parent, scorer, packed):
+  """Two blocks replaced at once, and one of them replaced in the child that has the other."""
+  params, blocks = parent[1], list(scorer.parent)
+  new = {1: "none/w8", 3: "linear/w48"}
+  for layer, block in new.items():
+    blocks[layer] = (BlockSpec.parse(block), model(block, seed=layer)[1]["layers"][0])
+  child, _ = model(*(spec.name for spec, _ in blocks))
+  expected = naive(parent, (child, params | {"layers": [weights for _, weights in blocks]}), packed)
+  inputs = list(scorer.inputs(blocks))
+  assert len(inputs) == 4
+  for found in (scorer.whole(blocks), scorer.score(1, *blocks[1], inputs[1], model=blocks)):
+    for metric, value in expected.items():
+      assert found[metric] == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -117,14 +135,77 @@ def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
     np.testing.assert_allclose(found[1], nll, rtol=0, atol=1e-5)
 
 
-def test_one_program_a_spec_and_one_for_the_suffix(model, parent, scorer, stored):
-  scoring._replaced.clear_cache()
-  scoring._suffix.clear_cache()
+def test_one_program_a_spec_and_one_for_the_metrics(model, parent, scorer, stored):
+  scoring._block.clear_cache()
+  scoring._measure.clear_cache()
   for block in ("gqa2/w8", "none/w48"):
     for layer in range(4):
       weights = model(block)[1]["layers"][0]
       scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
-  assert (scoring._replaced._cache_size(), scoring._suffix._cache_size()) == (2, 1)
+  assert (scoring._block._cache_size(), scoring._measure._cache_size()) == (2 + len(set(PARENT)), 1)
+
+
+class Letters:
+  """A tokenizer of one token a character."""
+
+  def encode(self, text: str) -> list[int]:
+    return [ord(c) % 67 for c in text]
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    return [self.encode(text) for text in texts]
+
+
+def test_accuracy_is_what_items_lose(model, parent):
+  """Against whole models, one choice after the other."""
+  tokenizer: Any = Letters()
+  items = [tasks.Item("the sea is", (" blue", " a tree", " wet and wide"), i % 3) for i in range(4)]
+  items += [tasks.Item("one and one", (" is two", " is nine"), 0), tasks.Item("", ("alpha", "beta gamma"), 1)]
+  for normalise in (False, True):
+    task = tasks.pack(items, tokenizer, seq_len=48, normalise=normalise)
+    child, other = model("gqa2/w48", "gqa2/linear", "gqa4/w16", "gqa2/w48", seed=1)
+    layers = [*parent[1]["layers"][:1], other["layers"][1], *parent[1]["layers"][2:]]
+
+    def correct(architecture: Architecture, params: Any, normalise: bool = normalise) -> np.ndarray:
+      right = []
+      for item in items:
+        found = []
+        for choice in item.choices:
+          ids, start = tokenizer.encode(item.context + choice), max(len(tokenizer.encode(item.context)), 1)
+          logits = decoder.logits(params, apply(architecture, params, np.array([ids])).hidden_BTD)[0]
+          log_p = np.asarray(jax.nn.log_softmax(logits))
+          total = sum(log_p[t - 1, ids[t]] for t in range(start, len(ids)))
+          found.append(total / (len(choice) if normalise else 1))
+        right.append(float(np.argmax(found) == item.answer))
+      return np.array(right)
+
+    lost = correct(*parent) - correct(child, parent[1] | {"layers": layers})
+    blocks = list(zip(parent[0].blocks, parent[1]["layers"], strict=True))
+    out = apply(*parent, task.packed.tokens, positions_BT=task.packed.positions, segments_BT=task.packed.segment_ids)
+    scorer = scoring.Scorer(*parent, packed=task.packed, last_RTD=out.layers_LBTD[-1], batch_rows=2, task=task)
+    blocks[1] = (child.blocks[1], layers[1])
+    found = scorer.whole(blocks)
+    assert found == {"accuracy": lost.mean(), "accuracy_stderr": pytest.approx(lost.std(ddof=1) / len(items) ** 0.5)}
+    assert scorer.whole(scorer.parent)["accuracy"] == 0
+
+
+def test_tasks_refuse_what_is_no_item(tmp_path):
+  path = tmp_path / "task.jsonl"
+  with pytest.raises(PuzzleError, match=r"task .*task.jsonl cannot be read"):
+    tasks.read_items(path)
+  good = '{"context": "a", "choices": ["b", "c"], "answer": 1}\n'
+  for bad in (
+    '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+    '{"context": "a", "choices": ["b"], "answer": 0}',
+    "[1]",
+  ):
+    path.write_text(good + bad)
+    with pytest.raises(PuzzleError, match=r"task\.jsonl, line 2: expected"):
+      tasks.read_items(path)
+  path.write_text(good + "{")
+  with pytest.raises(PuzzleError, match="is not JSON lines"):
+    tasks.read_items(path)
+  path.write_text(good * 3)
+  assert tasks.read_items(path, limit=2) == [tasks.Item("a", ("b", "c"), 1)] * 2
 
 
 # Arithmetic
@@ -149,6 +230,21 @@ def test_standard_error_of_equal_rows_is_the_textbook_s():
 
 
 SPACE = LayerSpace((arch.GQA(2), arch.NoAttention()), (arch.SwiGLU(48), arch.SwiGLU(8), arch.NoFFN()))
+
+
+def test_rank_correlation_of_sums():
+  """Two layers whose pairs rank as their sums do, but for one swap in the second."""
+  space = LayerSpace((arch.GQA(2), arch.GQA(1)), (arch.SwiGLU(48), arch.SwiGLU(8), arch.NoFFN(), arch.LinearFFN()))
+  singles = {"gqa1/w48": 0.1, "gqa2/w8": 0.1, "gqa2/none": 0.2, "gqa2/linear": 0.3}
+  pairs = ("gqa1/w8", "gqa1/none", "gqa1/linear")
+  layers = [singles | dict(zip(pairs, values, strict=True)) for values in ((0.1, 0.2, 0.3), (0.2, 0.1, 0.3))]
+  scores = [{name: entry(value, 0.1) for name, value in layer.items()} for layer in layers]
+  found = scoring.rank_correlation(Space((space, space)), scores, metric="kl")
+  assert found["blocks"] == 6
+  assert found["median_of_layers"] == pytest.approx((1 + 0.5) / 2)
+  assert 0.5 < found["pooled"] < 1
+  only = [{name: s for name, s in layer.items() if name in singles} for layer in scores]
+  assert scoring.rank_correlation(Space((space, space)), only, metric="kl") is None
 
 
 def entry(value: float, error: float) -> dict[str, float]:

@@ -124,7 +124,7 @@ def apply(
 
 
 def stacked(architecture: Architecture, params: Tree) -> Tree:
-  """`params` with "runs" in place of "layers": the form for training and scoring."""
+  """`params` with "runs" in place of "layers": the form for training."""
   layers = iter(params["layers"])
   runs = []
   for _, length in architecture.runs():

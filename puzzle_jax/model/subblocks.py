@@ -4,6 +4,7 @@ Weights are declared by the spec (`Subblock.tensors`), so a module only says wha
 T query tokens, S key/value tokens, N query heads, K KV heads, H head size, D hidden, F FFN width.
 """
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
@@ -34,9 +35,14 @@ class Context:
 
 
 def dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """`einsum` in x's dtype; fp32 means fp32, where GPUs would otherwise take TF32."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
+  """`einsum` in x's dtype; fp32 is fp32 unless `jax.default_matmul_precision` is set: GPUs would take TF32."""
+  with _precision_of(x.dtype):
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _precision_of(dtype: Any) -> Any:
+  unset = getattr(jax.config, "jax_default_matmul_precision") is None  # noqa: B009 (mypy does not know it)
+  return jax.default_matmul_precision("highest") if unset and dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
@@ -70,10 +76,12 @@ def _rotate(x_BTNH: jax.Array, context: Context) -> jax.Array:
 def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
   """Softmax attention; without a mask it is causal, and on GPUs flash attention (the dense mask is the exact path)."""
   if mask_BTS is not None:
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+    with _precision_of(q_BTNH.dtype):
+      return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
   fast = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
   implementation: Any = "cudnn" if fast else "xla"
-  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation)
+  with _precision_of(q_BTNH.dtype):
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation)
 
 
 class _Subblock(nn.Module):

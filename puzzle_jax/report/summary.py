@@ -4,6 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
+from puzzle_jax import scoring
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.runs import Run, versions
 
@@ -51,6 +52,7 @@ def summarise(run: Run) -> dict[str, Any]:
     "space": run.space.to_json(),
     "metric": run.config.scores.metric,
     "scores": run.scores,
+    "rank_correlation": scoring.rank_correlation(run.space, run.scores, metric=run.config.scores.metric),
     "library": [run.library.report(i) for i in range(num_layers)],
     "costs": costs.to_json(),
     "solution": solution,
