@@ -3,6 +3,19 @@
     python -m experiments.run --config=configs/smollm2_135m.py:quickstart --workdir=runs/quickstart
 
 `quickstart` (two CPU cores, under 15 minutes, under 8 GiB): a reduced space, subblock scores, a few thousand tokens.
+
+`compare` (one H100, ten minutes up to the search): the full space of 36 blocks a layer, scored in pairs on 65,536
+tokens, for the comparisons of docs/search.md. It needs more text than the built-in and a cost table:
+
+    python -m experiments.run --config=configs/smollm2_135m.py:compare --config.data.source=TEXT.jsonl.gz \
+      --workdir=runs/compare --stages=data,costs,activations,library,scores,search
+    python -m experiments.interactions --workdir=runs/compare
+    python -m experiments.compare --workdir=runs/compare --name=compare
+
+The cost table was measured on two CPU cores, where children are fast by having few weights:
+
+    python -m experiments.run --config=configs/smollm2_135m.py:compare --config.costs.table= --workdir=runs/costs \
+      --stages=costs
 """
 
 import ml_collections
@@ -10,6 +23,7 @@ import ml_collections
 from configs.base import to_config_dict
 from puzzle_jax.bld import BLDConfig
 from puzzle_jax.config import (
+  ActivationsConfig,
   CostsConfig,
   DataConfig,
   EvaluationConfig,
@@ -50,9 +64,36 @@ def _quickstart() -> RunConfig:
   )
 
 
+def _compare() -> RunConfig:
+  steps, rows, length = 200, 8, 512
+  return RunConfig(
+    name="smollm2_135m.py:compare",
+    data=DataConfig(
+      seq_len=length,
+      train_tokens=262_144,
+      gkd_tokens=steps * rows * length,
+      heldout_tokens=65_536,
+      eval_tokens=65_536,
+    ),
+    activations=ActivationsConfig(batch_rows=32),
+    space=SpaceConfig(),
+    bld=BLDConfig(steps=64, batch_rows=16, learning_rate=5e-4, warmup_steps=8),
+    scores=ScoresConfig(batch_rows=32, precision="tensorfloat32"),
+    costs=CostsConfig(
+      table="experiments/results/costs_smollm2_135m.json",
+      input_tokens=64,
+      output_tokens=192,
+      timing=TimingConfig(layers=30, rounds=10),
+    ),
+    search=SearchConfig(limits=Limits(min_speedup=1.5)),
+    gkd=GKDConfig(steps=steps, batch_rows=rows, learning_rate=2e-4, warmup_steps=20),
+    evaluation=EvaluationConfig(batch_rows=16),
+  )
+
+
 def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:
-  """The config of a variant: `quickstart`."""
-  variants = {"quickstart": _quickstart}
+  """The config of a variant: `quickstart` or `compare`."""
+  variants = {"quickstart": _quickstart, "compare": _compare}
   if variant not in variants:
     raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}; known: {', '.join(variants)}")
   return to_config_dict(variants[variant]())

@@ -1,14 +1,13 @@
 """Keeps a run's figures as a small record: python -m experiments.record --workdir=runs/quickstart --name=quickstart."""
 
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
 import puzzle_jax
+from experiments import RESULTS
 from puzzle_jax.store import write_json
 
-RESULTS = Path(__file__).parent / "results"
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the record: experiments/results/NAME.json.", required=True)
 

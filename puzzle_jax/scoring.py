@@ -74,7 +74,7 @@ class Scorer:
     architecture: the parent's.
     params: its parameters, the "layers" form of `model.decoder`.
     packed: the rows.
-    last_RTD: the stored input of the parent's final norm.
+    last_RTD: the stored input of the parent's final norm; None: computed.
     batch_rows: rows on the device at once.
     precision: of fp32 matrix products on a GPU or TPU, one of `PRECISIONS`.
     task: what `packed` are the rows of, if they are a task's: then `accuracy` is the metric.
@@ -86,8 +86,8 @@ class Scorer:
     params: Mapping[str, Any],
     *,
     packed: PackedText,
-    last_RTD: Any,
     batch_rows: int,
+    last_RTD: Any = None,
     precision: str = "highest",
     task: Task | None = None,
   ):
@@ -95,14 +95,19 @@ class Scorer:
     self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
     self._packed, self._task, self._precision = packed, task, precision
     self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
+    starts = range(0, len(packed.tokens), batch_rows)
+    self._rows = [
+      (rows, activations.to_context(self._config, packed, rows))
+      for rows in (slice(start, start + batch_rows) for start in starts)
+    ]
+    if last_RTD is None:
+      *_, last_RTD = self.inputs(self.parent)
     self._batches: list[_Batch] = []
     with jax.default_matmul_precision(precision):
-      for start in range(0, len(packed.tokens), batch_rows):
-        rows = slice(start, start + batch_rows)
+      for rows, context in self._rows:
         hidden = decoder.final_norm(self._config, self._head, jnp.asarray(last_RTD[rows]))
         reference = divergence.reference(decoder.head_weights(self._head), hidden.reshape(-1, hidden.shape[-1]))
         targets = jnp.asarray(np.roll(packed.tokens[rows], -1, axis=1).reshape(-1))
-        context = activations.to_context(self._config, packed, rows)
         self._batches.append(_Batch(rows, context, reference, targets))
     self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
 
@@ -154,13 +159,14 @@ class Scorer:
     return self._scores(self._measured(self._embedded(), blocks))
 
   def inputs(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
-    """What each layer of a child reads on all rows, [R, T, D], one after the other."""
+    """What each layer of a child reads on all rows, [R, T, D], one after the other; last what the final norm reads."""
     x_RTD = np.asarray(self._embedded())
+    yield x_RTD
     for spec, weights in blocks:
-      yield x_RTD
       with jax.default_matmul_precision(self._precision):
-        outputs = [_block(spec, self._config, weights, jnp.asarray(x_RTD[b.rows]), b.context) for b in self._batches]
+        outputs = [_block(spec, self._config, weights, jnp.asarray(x_RTD[rows]), c) for rows, c in self._rows]
       x_RTD = np.concatenate(jax.device_get(outputs))
+      yield x_RTD
 
   def _embedded(self) -> jax.Array:
     return decoder.embed(self._head, self._packed.tokens, dtype=jnp.float32)

@@ -91,7 +91,7 @@ def test_a_whole_child_and_a_block_in_it(model, parent, scorer, packed):
   child, _ = model(*(spec.name for spec, _ in blocks))
   expected = naive(parent, (child, params | {"layers": [weights for _, weights in blocks]}), packed)
   inputs = list(scorer.inputs(blocks))
-  assert len(inputs) == 4
+  assert len(inputs) == 5
   for found in (scorer.whole(blocks), scorer.score(1, *blocks[1], inputs[1], model=blocks)):
     for metric, value in expected.items():
       assert found[metric] == pytest.approx(value, abs=1e-5)
@@ -180,8 +180,7 @@ def test_accuracy_is_what_items_lose(model, parent):
 
     lost = correct(*parent) - correct(child, parent[1] | {"layers": layers})
     blocks = list(zip(parent[0].blocks, parent[1]["layers"], strict=True))
-    out = apply(*parent, task.packed.tokens, positions_BT=task.packed.positions, segments_BT=task.packed.segment_ids)
-    scorer = scoring.Scorer(*parent, packed=task.packed, last_RTD=out.layers_LBTD[-1], batch_rows=2, task=task)
+    scorer = scoring.Scorer(*parent, packed=task.packed, batch_rows=2, task=task)
     blocks[1] = (child.blocks[1], layers[1])
     found = scorer.whole(blocks)
     assert found == {"accuracy": lost.mean(), "accuracy_stderr": pytest.approx(lost.std(ddof=1) / len(items) ** 0.5)}
