@@ -19,7 +19,6 @@ import puzzle_jax
 from experiments import RESULTS
 from puzzle_jax import gkd, refine, search
 from puzzle_jax.arch import Architecture, BlockSpec
-from puzzle_jax.baselines import BASELINES
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.evaluation import quality
 from puzzle_jax.model import decoder
@@ -27,6 +26,7 @@ from puzzle_jax.progress import Progress
 from puzzle_jax.refine import Children
 from puzzle_jax.runs import Run, versions
 from puzzle_jax.search import Limits, Solution
+from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.store import StageStore, read_json, temporary_folder, write_json
 
 Method = Callable[[Children, Limits], Solution]
@@ -36,8 +36,11 @@ _METHODS = flags.DEFINE_list("methods", [], "Which to compare; all when empty.")
 _NAME = flags.DEFINE_string("name", "", "Of the record, experiments/results/NAME.json; none when empty.")
 
 
+ROUNDS = 3  # of `refine`
+
+
 def _refined(children: Children, limits: Limits) -> Solution:
-  return min(refine.refine(children, limits, rounds=3), key=lambda m: m.score).solution
+  return min(refine.refine(children, limits, rounds=ROUNDS), key=lambda m: m.score).solution
 
 
 def _best_of(children: Children, limits: Limits) -> Solution:

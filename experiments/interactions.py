@@ -21,14 +21,14 @@ from absl import app, flags
 import puzzle_jax
 from experiments import RESULTS
 from puzzle_jax import refine, search
-from puzzle_jax.baselines import random_feasible
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.refine import Children, Measured
 from puzzle_jax.runs import versions
 from puzzle_jax.scoring import rank_correlation
 from puzzle_jax.search import Limits, Solution
+from puzzle_jax.search.baselines import BASELINES, random_feasible
+from puzzle_jax.search.table import Table
 from puzzle_jax.store import read_json, write_json
-from puzzle_jax.table import Table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run whose search is done.", required=True)
 _CHILDREN = flags.DEFINE_integer("children", 100, "Random children.")
@@ -36,6 +36,7 @@ _FASTEST = flags.DEFINE_float("fastest", 2.0, "Speed-up of the fastest children.
 _NAME = flags.DEFINE_string("name", "interactions", "Of the record: experiments/results/NAME.json.")
 
 _SPEEDS = 20
+_ROUNDS = 4
 _NEIGHBOURS = 20  # children around the target
 
 
@@ -64,6 +65,13 @@ def correlation(points: Sequence[dict[str, float]], estimate: str) -> dict[str, 
   }
 
 
+def _baseline(children: Children, limits: Limits, name: str) -> float | None:
+  try:
+    return refine.measured(children, BASELINES[name](children.table, limits)[0]).score
+  except puzzle_jax.PuzzleError:  # such as `uniform`, where no single block meets the limits
+    return None
+
+
 def study(children: Children, limits: Limits, *, draws: int, fastest: float) -> dict[str, Any]:
   """Everything that is measured."""
   table = children.table
@@ -76,7 +84,7 @@ def study(children: Children, limits: Limits, *, draws: int, fastest: float) -> 
   optimal = [p.solution for p in search.frontier(table, "min_speedup", speeds.tolist()) if p.solution]
   neighbours = search.solve(table, limits, solutions=_NEIGHBOURS, min_different_layers=min(3, table.num_layers))
   begin = time.perf_counter()
-  in_child = refine.in_child(children, neighbours[0].blocks, weight=1.0)
+  in_child = dataclasses.replace(table, score=children.rescored(neighbours[0].blocks))
   rescored_s = time.perf_counter() - begin
   mean = dataclasses.replace(table, score=(table.score + in_child.score) / 2)
   points = {
@@ -89,10 +97,11 @@ def study(children: Children, limits: Limits, *, draws: int, fastest: float) -> 
   for size, third in zip(("mild", "middle", "harsh"), thirds, strict=True):
     summary[f"random_{size}"] = correlation(list(third), "sum")
   summary |= {f"neighbours_{name}": correlation(points["neighbours"], name) for name in ("in_child", "mean")}
-  rounds = refine.refine(children, limits, rounds=3)
+  rounds = list(refine.refine(children, limits, rounds=_ROUNDS))
   best = refine.best_of(children, limits, solutions=10, min_different_layers=min(5, children.table.num_layers))
   chosen = {
     "refine_rounds": [{"kl": m.score, "stderr": m.stderr, "blocks": list(m.solution.blocks)} for m in rounds],
+    "baselines": {name: _baseline(children, limits, name) for name in BASELINES},
     "best_of_10": [{"kl": m.score, "stderr": m.stderr, "sum": m.solution.score} for m in best],
   }
   own = [

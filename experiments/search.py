@@ -2,33 +2,54 @@
 
 python -m experiments.search --table=TABLE.json --out=DIR --max_memory_gib=40 --min_throughput=5000
 
-Writes DIR/solution_0.json (the best), solution_1.json, … The formats are described in docs/search.md.
+Writes DIR/solution_0.json (the best), solution_1.json, …, what each limit costs (sensitivity.json) and, with
+--frontier, frontier.json and frontier.html. The formats and the method are described in docs/search.md.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from puzzle_jax import search
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.search import baselines
+from puzzle_jax.search.frontier_page import frontier_page
+from puzzle_jax.search.table import Table
+from puzzle_jax.serving import engines
 from puzzle_jax.store import write_json
-from puzzle_jax.table import Table
 
 _TABLE = flags.DEFINE_string("table", None, "The block table, JSON.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Where the solutions go; older ones there are removed.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Where the results go; older ones there are removed.", required=True)
 _SCENARIO = flags.DEFINE_string("scenario", None, "Where the limits hold; in each of the table's by default.")
 _BATCH = flags.DEFINE_string("batch", "auto", "Requests at once; auto: the best of those that the table has costs for.")
-_MEMORY = flags.DEFINE_float("max_memory_gib", None, "GiB of weights and KV cache.")
-_RUNTIME = flags.DEFINE_float("max_runtime_s", None, "Seconds for the whole batch.")
-_THROUGHPUT = flags.DEFINE_float("min_throughput", None, "Input + output tokens a second.")
-_FIRST_TOKEN = flags.DEFINE_float("max_first_token_s", None, "Seconds of prefill of the whole batch.")
-_TOKEN = flags.DEFINE_float("max_token_s", None, "Seconds of decoding per output token.")
-_PARAMS = flags.DEFINE_float("max_params", None, "Parameters.")
 _SOLUTIONS = flags.DEFINE_integer("solutions", 1, "How many children.")
 _DIFFERENT = flags.DEFINE_integer("min_different_layers", 1, "In how many layers each differs from all before it.")
 _FREEZE = flags.DEFINE_list("freeze", [], "Blocks that layers are held to: LAYER:ATTENTION/FFN,…")
+_ENGINE = flags.DEFINE_enum("engine", None, list(engines.ENGINES), "Choose only what this serving engine runs.")
+_BASELINE = flags.DEFINE_enum("baseline", None, list(baselines.BASELINES), "Choose by this rule instead.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of --baseline=random_feasible.")
+_FRONTIER = flags.DEFINE_string("frontier", None, "Sweep a limit too: LIMIT:FROM:TO:POINTS, as min_speedup:1:3:21.")
+_SENSITIVITY = flags.DEFINE_bool("sensitivity", True, "Say which limits bind and what relaxing them buys.")
+_LIMITS = {
+  "max_memory_gib": "GiB of weights and KV cache.",
+  "max_runtime_s": "Seconds for the whole batch.",
+  "min_throughput": "Input + output tokens a second.",
+  "max_first_token_s": "Seconds of prefill of the whole batch.",
+  "max_token_s": "Seconds of decoding per output token.",
+  "max_params": "Parameters.",
+  "max_kv_bytes_per_token": "Bytes of KV cache of all layers.",
+  "min_speedup": "Throughput over the parent's.",
+  "min_decode_speedup": "The parent's seconds of decoding over the child's.",
+  "max_memory_ratio": "Memory over the parent's.",
+  "max_params_ratio": "Parameters over the parent's.",
+}
+for _name, _text in _LIMITS.items():
+  flags.DEFINE_float(_name, None, _text)
 
 
 def parse_freezes(items: Sequence[str]) -> dict[int, str]:
@@ -43,41 +64,60 @@ def parse_freezes(items: Sequence[str]) -> dict[int, str]:
   return blocks
 
 
-def _line(k: int, child: search.Solution) -> str:
-  return (
-    f"solution_{k}.json: score {child.score:.6g} (gap {child.mip_gap:.2g}), batch {child.batch}, "
-    f"{child.params / 1e9:.3f} B parameters, {child.memory_bytes / search.GIB:.3f} GiB, {child.runtime_s:.6g} s, "
-    f"{child.throughput:.6g} tokens/s ({child.output_throughput:.6g} output tokens/s) in {child.scenario}"
-  )
+def parse_frontier(text: str) -> tuple[str, list[float]]:
+  """A limit and its values, from LIMIT:FROM:TO:POINTS; raises PuzzleError for other forms."""
+  try:
+    name, first, last, points = text.split(":")
+    values = np.linspace(float(first), float(last), int(points))
+  except ValueError:
+    name = ""
+  if name not in _LIMITS:
+    raise PuzzleError(f"--frontier={text} is not LIMIT:FROM:TO:POINTS with LIMIT one of {', '.join(_LIMITS)}")
+  return ("max_memory_bytes", (values * search.GIB).tolist()) if name == "max_memory_gib" else (name, values.tolist())
 
 
 def _search(out: Path) -> None:
-  batch = _BATCH.value
+  asked = {name: flags.FLAGS[name].value for name in _LIMITS}
+  gib = asked.pop("max_memory_gib")
+  limits = search.Limits(max_memory_bytes=None if gib is None else gib * search.GIB, **asked)
+  batch, rule, solutions = _BATCH.value, _BASELINE.value, _SOLUTIONS.value
   if batch != "auto" and not (batch.isascii() and batch.isdigit()):
     raise PuzzleError(f"--batch={batch} is neither a number nor auto")
-  children = search.solve(
-    Table.read(_TABLE.value),
-    search.Limits(
-      max_memory_bytes=None if _MEMORY.value is None else _MEMORY.value * search.GIB,
-      max_runtime_s=_RUNTIME.value,
-      min_throughput=_THROUGHPUT.value,
-      max_first_token_s=_FIRST_TOKEN.value,
-      max_token_s=_TOKEN.value,
-      max_params=_PARAMS.value,
-    ),
-    scenario=_SCENARIO.value,
-    batch=None if batch == "auto" else int(batch),
-    solutions=_SOLUTIONS.value,
-    min_different_layers=_DIFFERENT.value,
-    freeze=parse_freezes(_FREEZE.value),
-  )
-  for old in out.glob("solution_*.json"):
+  where: dict[str, Any] = {"scenario": _SCENARIO.value, "batch": None if batch == "auto" else int(batch)}
+  sweep = parse_frontier(_FRONTIER.value) if _FRONTIER.value else None
+  table = Table.read(_TABLE.value).freeze(parse_freezes(_FREEZE.value))
+  tables = engines.restrict(table, engines.ENGINES[_ENGINE.value]) if _ENGINE.value else [table]
+  for old in [*out.glob("solution_*.json"), *out.glob("frontier.*"), *out.glob("sensitivity.json")]:
     old.unlink()
+
+  if rule == "random_feasible":
+    children = baselines.random_feasible(tables, limits, seed=_SEED.value, draws=solutions, **where)
+  elif rule:
+    children = baselines.BASELINES[rule](tables, limits, **where)
+  else:
+    children = search.solve(tables, limits, solutions=solutions, min_different_layers=_DIFFERENT.value, **where)
   for k, child in enumerate(children):
     write_json(out / f"solution_{k}.json", child.to_json())
-    print(_line(k, child))
-  if len(children) < _SOLUTIONS.value:
-    print(f"no more than {len(children)} children meet the limits and differ in {_DIFFERENT.value} layers or more")
+    print(f"solution_{k}.json: {child}")
+  if len(children) < solutions:
+    print(f"{rule or 'the search'} finds no more than {len(children)} of the {solutions} children asked for")
+  if _SENSITIVITY.value and not rule:
+    prices = search.sensitivity(tables, limits, **where)
+    write_json(out / "sensitivity.json", {"limits": [dataclasses.asdict(price) for price in prices]})
+    for price in prices:
+      print(price)
+  if sweep:
+    limit, values = sweep
+    points = search.frontier(tables, limit, values, limits=limits, **where)
+    if not any(point.solution for point in points):
+      raise PuzzleError(f"--frontier={_FRONTIER.value}: no child meets any of its values; sweep others")
+    found = search.frontier_json(limit, points)
+    write_json(out / "frontier.json", found)
+    (out / "frontier.html").write_text(frontier_page(limit, points), encoding="utf-8")
+    same = [str(layer["layer"]) for layer in found["stable_layers"] if layer["share"] == 1]
+    met = sum(point.solution is not None for point in points)
+    print(f"frontier.html: {met} of {len(points)} values of {limit} can be met")
+    print(f"the same block at all of them: layers {', '.join(same) or '(none)'}")
 
 
 def main(argv: list[str]) -> None:

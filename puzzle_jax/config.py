@@ -17,6 +17,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
+from puzzle_jax.serving.engines import by_name
 
 DTYPES = ("float32", "bfloat16")
 
@@ -142,10 +143,24 @@ class CostsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-  """What the child must meet (`search.Limits`) and which engine's restrictions hold."""
+  """What the child must meet.
+
+  Attributes:
+    limits: see `search.Limits`.
+    frontier: values of `limits.min_speedup` to solve for besides the target.
+    engine: of `serving.engines.ENGINES`: choose only what it runs; empty: anything.
+    refine_rounds: of scoring blocks in the search's child and searching again (`refine`).
+  """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
-  frontier: tuple[float, ...] = ()  # values of `limits.min_speedup` to solve for besides the target
+  frontier: tuple[float, ...] = ()
+  engine: str = ""
+  refine_rounds: int = 0
+
+  def __post_init__(self) -> None:
+    _at_least(0, "search", refine_rounds=self.refine_rounds)
+    if self.engine:
+      by_name(self.engine)
 
 
 @dataclasses.dataclass(frozen=True)

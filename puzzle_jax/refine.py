@@ -4,14 +4,13 @@ The search adds up scores that were each measured alone in the parent (paper sec
 left out. Two remedies that keep the mixed-integer program as it is (docs/search.md has what they are worth):
 
   `best_of`   solves for several children that differ and keeps the one that measures best;
-  `refine`    scores all blocks again, in place of the child's own, and searches with the mean of both scores. A block's
-              mean effect in the parent and in the child is the trapezoid rule for what it does on the way from one to
-              the other.
+  `refine`    scores all blocks again, in place of the child's own, and searches with the mean of both scores: the
+              trapezoid rule for what a block does on the way from the parent to the child.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +21,8 @@ from puzzle_jax import activations, scoring, search
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.runs import Run
 from puzzle_jax.scoring import Block, Scorer
-from puzzle_jax.search import Limits, Solution
-from puzzle_jax.table import Table
+from puzzle_jax.search import Limits, Solution, Tables
+from puzzle_jax.search.table import Table
 
 Names = Sequence[str]
 
@@ -71,27 +70,25 @@ class Children:
     """Of a whole child, by metric, with standard errors."""
     return self.scorer.whole(self.blocks(names))
 
-  def rescored(self, names: Names) -> Iterator[np.ndarray]:
-    """By layer, [J]: what each variant of the table changes in the child, less what the parent's own block changes.
+  def rescored(self, names: Names) -> np.ndarray:
+    """What each variant of the table changes in a child, less what the parent's own block changes there, [L, J].
 
     Pairs are summed from their subblocks, each put beside the child's other subblock.
     """
     child, metric = self.blocks(names), self._run.config.scores.metric
+    result = np.full(self.table.score.shape, np.nan)
     for layer, (x_RTD, variants) in enumerate(zip(self.scorer.inputs(child), self.table.layers, strict=False)):
-      x = jnp.asarray(x_RTD)
+      x, own = jnp.asarray(x_RTD), BlockSpec.parse(names[layer])
 
       @functools.cache
-      def score(name: str, layer: int = layer, x: jax.Array = x) -> float:
-        return self.scorer.score(layer, *self.block(layer, name), x, model=child)[metric]
+      def score(block: str, layer: int = layer, x: jax.Array = x) -> float:
+        return self.scorer.score(layer, *self.block(layer, block), x, model=child)[metric]
 
-      own = BlockSpec.parse(names[layer])
-
-      def change(block: str, own: BlockSpec = own) -> float:
-        attention, ffn = block.split("/")
-        return score(f"{attention}/{own.ffn.name}") + score(f"{own.attention.name}/{ffn}") - score(own.name)
-
-      values = np.array([change(v.block) for v in variants])
-      yield values - values[self.table.parent[layer]]
+      with_attention = [score(f"{v.attention}/{own.ffn.name}") for v in variants]
+      with_ffn = [score(f"{own.attention.name}/{v.ffn}") for v in variants]
+      values = np.add(with_attention, with_ffn)
+      result[layer, : len(variants)] = values - values[self.table.parent[layer]]
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,29 +122,36 @@ def best_of(
   return sorted((measured(children, s) for s in found), key=lambda m: m.score)
 
 
-def refine(children: Children, limits: Limits, *, rounds: int, **where: Any) -> list[Measured]:
-  """The search's child, and after it the one of each round of scoring in the last one; not sorted.
+def refine(
+  children: Children,
+  limits: Limits,
+  *,
+  rounds: int,
+  metric: str = "kl",
+  restrict: Callable[[Table], Tables] = lambda table: table,
+  **where: Any,
+) -> Iterator[Measured]:
+  """The search's child, and after it that of each round; the best is the one to take.
+
+  A round scores all blocks in the last child. The search then takes the mean of a block's score in the parent and its
+  mean score in all children so far.
 
   Args:
     children: of the library.
     limits: what each meets.
-    rounds: of scoring in the child; fewer when one changes nothing.
+    rounds: fewer when one finds a child that was there before.
+    metric: that children are measured by.
+    restrict: leaves of a table what may be chosen, such as `serving.engines.restrict`.
     **where: scenario, batch and the like, as in `search.solve`.
   """
-  (first,) = search.solve(children.table, limits, **where)
-  found = [measured(children, first)]
-  for _ in range(rounds):
-    table = in_child(children, found[-1].solution.blocks)
-    (solution,) = search.solve(table, limits, **where)
-    if any(solution.blocks == m.solution.blocks for m in found):
-      break
-    found.append(measured(children, solution))
-  return found
-
-
-def in_child(children: Children, names: Names, *, weight: float = 0.5) -> Table:
-  """The table with scores taken `weight` in a child and the rest in the parent."""
-  table, score = children.table, children.table.score.copy()
-  for layer, values in enumerate(children.rescored(names)):
-    score[layer, : len(values)] = (1 - weight) * table.score[layer, : len(values)] + weight * values
-  return dataclasses.replace(table, score=score)
+  table, seen, in_children = children.table, list[tuple[str, ...]](), list[np.ndarray]()
+  while True:
+    (solution,) = search.solve(restrict(table), limits, **where)
+    if solution.blocks in seen:
+      return
+    seen.append(solution.blocks)
+    yield measured(children, solution, metric=metric)
+    if len(seen) > rounds:
+      return
+    in_children.append(children.rescored(solution.blocks))
+    table = dataclasses.replace(children.table, score=(children.table.score + np.mean(in_children, axis=0)) / 2)

@@ -18,8 +18,8 @@ from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel, to_device
 from puzzle_jax.parents import Parent, open_parent
 from puzzle_jax.progress import Progress
+from puzzle_jax.search.table import Table
 from puzzle_jax.store import StageStore, Workdir, read_json
-from puzzle_jax.table import Table
 from puzzle_jax.tokenizer import Tokenizer
 
 

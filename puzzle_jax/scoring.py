@@ -1,8 +1,8 @@
 """Replace-1-block scores (paper section 4): one block of the intact parent replaced, measured on held-out tokens.
 
 Each score starts at the replaced layer from the stored activations; the prefix is never recomputed. One program is
-compiled for each block spec, the parent's own included, and one for the metrics, whatever the number of layers. Scores
-are differences to the parent, lower is better, each with its standard error over sequences:
+compiled for each subblock spec, the parent's own included, and one for the metrics, whatever the number of layers.
+Scores are differences to the parent, lower is better, each with its standard error over sequences:
 
   kl        KL(parent ‖ child), nats a token
   lm_loss   negative log likelihood of the text, nats a token
@@ -25,7 +25,7 @@ import numpy as np
 import scipy.stats
 
 from puzzle_jax import activations, divergence
-from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
+from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig, Subblock
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation.tasks import Task
@@ -50,8 +50,14 @@ class _Batch:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
+def _residual(spec: Subblock, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
+  return x_BTD + subblocks.apply(spec, config, params, x_BTD, context=context)[0]
+
+
 def _block(spec: BlockSpec, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
-  return decoder.block_apply(spec, config, params, x_BTD, context=context)[0]
+  for subblock in spec.subblocks:
+    x_BTD = _residual(subblock, config, params[subblock.slot], x_BTD, context)
+  return x_BTD
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -155,7 +161,7 @@ class Scorer:
     return self._scores(self._measured(x_RTD, [(spec, weights), *suffix]))
 
   def whole(self, blocks: Sequence[Block]) -> dict[str, float]:
-    """The same of a whole child; nothing is compiled for it but block specs not seen before."""
+    """The same of a whole child; nothing is compiled for it but subblocks not seen before."""
     return self._scores(self._measured(self._embedded(), blocks))
 
   def inputs(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:

@@ -1,33 +1,33 @@
 """What each stage of the pipeline does: reads files of earlier stages, writes its own."""
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax import activations, bld, data, gkd, report, scoring
+from puzzle_jax import activations, bld, data, gkd, refine, report, scoring
 from puzzle_jax import costs as costs_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
-from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import quality, tasks
 from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
+from puzzle_jax.search.table import Table
+from puzzle_jax.serving import engines
 from puzzle_jax.serving.hf_export import export_hf
 from puzzle_jax.store import StageStore, file_digest, read_json
-from puzzle_jax.table import Table
 
+_T = TypeVar("_T")
 _SAVE_EVERY_S = 10.0  # of what is scored within a layer
 
 
@@ -85,7 +85,7 @@ def check_target(run: Run) -> None:
   """Refuses a target that no child of the space can meet, before anything is distilled: the search without scores."""
   free = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in run.space.layers]
   blocks = costs_lib.block_table(run.parent.architecture, run.space, free, run.costs)
-  search_lib.solve(Table.from_json(blocks), run.config.search.limits)
+  search_lib.solve(_choices(run, Table.from_json(blocks)), run.config.search.limits)
 
 
 def make_activations(run: Run, store: StageStore) -> None:
@@ -154,22 +154,25 @@ def make_scores(run: Run, store: StageStore) -> None:
   scorers = {"heldout": scorer("heldout", run.packed("heldout"))}
   if run.task is not None:
     scorers["task"] = scorer("task", run.task.packed, run.task)
-  wanted = [scoring.blocks_to_score(s, config.granularity) for s in run.space.layers]
-  with run.progress.bar("scores", total=sum(map(len, wanted)), unit="block") as bar:
-    for layer, blocks in enumerate(wanted):
-      name = f"layer_{layer:02d}.json"
-      found = store.get_json(name) if name in store else {"blocks": {}, "left_out": []}
-      missing = [b for b in blocks if b.name not in found["blocks"] and b.name not in found["left_out"]]
-      bar.update(len(blocks) - len(missing))
-      if not missing:
-        continue
-      inputs = {name: jnp.asarray(activations.read(stored, name, layer)) for name in scorers}
-      variants, usable = jax.device_put(library.load_layer(layer)), library.usable(layer)
-      layer_space, saved = run.space.layers[layer], time.monotonic()
-      own = set(layer_space.parent.subblocks)
+  todo = []
+  for layer, layer_space in enumerate(run.space.layers):
+    file = f"layer_{layer:02d}.json"
+    found = store.get_json(file) if file in store else {"blocks": {}, "left_out": []}
+    done = {*found["blocks"], *found["left_out"]}
+    if missing := [b for b in scoring.blocks_to_score(layer_space, config.granularity) if b.name not in done]:
+      todo.append((layer, file, found, missing))
+
+  def load(layer: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return {kind: activations.read(stored, kind, layer) for kind in scorers}, library.load_layer(layer)
+
+  with run.progress.bar("scores", total=sum(len(missing) for *_, missing in todo), unit="block") as bar:
+    loaded = _one_ahead(load, [layer for layer, *_ in todo])
+    for (layer, file, found, missing), arrays in zip(todo, loaded, strict=True):
+      inputs, variants = jax.device_put(arrays)
+      layer_space, usable, saved = run.space.layers[layer], library.usable(layer), time.monotonic()
       for block in missing:
         score: dict[str, float] = {}
-        if all(s in own or s.id in usable for s in block.subblocks):
+        if all(s in layer_space.parent.subblocks or s.id in usable for s in block.subblocks):
           weights = scoring.block_weights(layer_space, block, params["layers"][layer], variants)
           for kind, x in inputs.items():
             score |= scorers[kind].score(layer, block, weights, x)
@@ -180,32 +183,64 @@ def make_scores(run: Run, store: StageStore) -> None:
           run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
         bar.update()
         if time.monotonic() - saved > _SAVE_EVERY_S:
-          store.put_json(name, found)
+          store.put_json(file, found)
           saved = time.monotonic()
-      store.put_json(name, found)
+      store.put_json(file, found)
+
+
+def _one_ahead(load: Callable[[int], _T], items: Sequence[int]) -> Iterator[_T]:
+  """What `load` gives for each item, the next one read from disk while this one is used."""
+  with ThreadPoolExecutor(1) as pool:
+    loading = None
+    for item in items:
+      waiting, loading = loading, pool.submit(load, item)
+      if waiting is not None:
+        yield waiting.result()
+    if loading is not None:
+      yield loading.result()
+
+
+def _choices(run: Run, table: Table) -> list[Table]:
+  """What may be chosen of a table: all, or what the config's engine runs."""
+  engine = run.config.search.engine
+  return engines.restrict(table, engines.by_name(engine)) if engine else [table]
 
 
 def make_search(run: Run, store: StageStore) -> None:
-  config = run.config
+  config, metric = run.config.search, run.config.scores.metric
   scores = [
-    scoring.compose(layer, measured, metric=config.scores.metric)
+    scoring.compose(layer, measured, metric=metric)
     for layer, measured in zip(run.space.layers, run.scores, strict=True)
   ]
-  table = costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs)
-  store.put_json("table.json", table)
-  parsed = Table.from_json(table)
-  points = []
-  with run.progress.bar("search", total=1 + len(config.search.frontier), unit="solve") as bar:
-    (solution,) = search_lib.solve(parsed, config.search.limits)
-    store.put_json("solution_0.json", solution.to_json())
+  store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
+  tables = _choices(run, run.table)
+  with run.progress.bar("search", total=2 + config.refine_rounds, unit="step") as bar:
+    (solution,) = search_lib.solve(tables, config.limits)
+    points = []
+    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.limits):
+      if point.solution is not None:
+        figures = {k: v for k, v in point.solution.to_json().items() if k != "timing"}
+        points.append({"min_speedup": point.value} | figures)
+    store.put_json("frontier.json", {"points": points})
     bar.update()
-    for value in config.search.frontier:
-      with contextlib.suppress(PuzzleError):  # past the end of the frontier
-        limits = dataclasses.replace(config.search.limits, min_speedup=value)
-        (point,) = search_lib.solve(parsed, limits)
-        points.append({"min_speedup": value} | point.to_json())
-      bar.update()
-  store.put_json("frontier.json", {"points": [{k: v for k, v in p.items() if k != "timing"} for p in points]})
+    rounds = []
+    if config.refine_rounds:
+      children = refine.Children(run)
+      for found in refine.refine(
+        children, config.limits, rounds=config.refine_rounds, metric=metric, restrict=lambda t: _choices(run, t)
+      ):
+        rounds.append(found)
+        bar.set_postfix_str(f"{metric} {found.score:.4f}", refresh=False)
+        bar.update()
+      solution = min(rounds, key=lambda found: found.score).solution
+  store.put_json(
+    "solution_0.json",
+    solution.to_json()
+    | {
+      "score": float(run.table.total_score(solution.choice)),
+      "rounds": [{"blocks": list(r.solution.blocks), metric: r.score, "stderr": r.stderr} for r in rounds],
+    },
+  )
   run.progress.say(f"search: {' '.join(solution.blocks)}")
 
 

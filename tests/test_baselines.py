@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from puzzle_jax import baselines, search
-from puzzle_jax.baselines import BASELINES
+from puzzle_jax import search
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search import Limits, solve
-from puzzle_jax.table import Table
+from puzzle_jax.search import Limits, baselines, solve
+from puzzle_jax.search.baselines import BASELINES
+from puzzle_jax.search.table import Table
 
 ATTENTION, FFN = ("gqa2", "gqa1", "none"), ("w8", "w4", "none")
 

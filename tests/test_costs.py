@@ -11,7 +11,7 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.table import Table
+from puzzle_jax.search.table import Table
 
 CHAT = Scenario("chat", 20, 30)
 SECONDS = {  # of a subblock at batch 1: prefill, decode

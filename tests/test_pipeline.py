@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import puzzle_jax
@@ -20,6 +21,7 @@ from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
+from puzzle_jax.refine import Children
 from puzzle_jax.report import closing_table
 from puzzle_jax.runs import Run
 from puzzle_jax.scoring import Scorer
@@ -228,6 +230,46 @@ def test_scores_of_a_task_go_on_within_a_layer(
     for name, entry in found.items():
       assert entry["accuracy"] * 5 == pytest.approx(round(entry["accuracy"] * 5))
       assert {k: v for k, v in entry.items() if not k.startswith("accuracy")} == text[name]
+
+
+def test_scores_taken_in_a_child(finished: Run) -> None:
+  """Against whole children: the child's own block in layer 2, from its two subblocks."""
+  children, names = Children(finished), list(finished.solution["blocks"])
+  names[2] = "linear/w32"
+  found = children.rescored(names)
+
+  def whole(block: str) -> float:
+    return children.scores([*names[:2], block, *names[3:]])["kl"]
+
+  table = children.table
+  assert np.array_equal(np.isnan(found), np.isnan(table.score))
+  assert not found[np.arange(4), np.asarray(table.parent)].any()
+  own = [v.block for v in table.layers[2]].index("linear/w32")
+  parent = table.layers[2][table.parent[2]]
+  expected = 2 * whole("linear/w32") - whole(f"linear/{parent.ffn}") - whole(f"{parent.attention}/w32")
+  assert found[2, own] == pytest.approx(expected, abs=1e-6)
+
+
+def test_refinement_takes_the_child_that_measures_best(config: RunConfig, finished: Run, copy: Path) -> None:
+  asked = dataclasses.replace(config, search=dataclasses.replace(config.search, refine_rounds=3))
+  run = puzzle_jax.run(asked, copy, stages=["search"], quiet=True)
+  rounds, first = run.solution["rounds"], finished.solution
+  assert rounds[0]["blocks"] == first["blocks"]
+  assert 1 < len(rounds) <= 4
+  assert len({tuple(r["blocks"]) for r in rounds}) == len(rounds)
+  best = min(rounds, key=lambda r: r["kl"])
+  assert run.solution["blocks"] == best["blocks"]
+  assert best["kl"] == pytest.approx(Children(run).scores(best["blocks"])["kl"])
+  assert run.solution["score"] >= first["score"]  # of the parent's table, of which the first child is the best
+  assert run.child.architecture == finished.child.architecture  # made before
+
+
+def test_a_search_for_an_engine(config: RunConfig, finished: Run, copy: Path) -> None:
+  limits = dataclasses.replace(config.search.limits, max_params_ratio=0.9)
+  asked = dataclasses.replace(config, search=dataclasses.replace(config.search, engine="vllm", limits=limits))
+  blocks = puzzle_jax.run(asked, copy, stages=["search"], quiet=True).solution["blocks"]
+  assert not any("linear" in block for block in blocks)
+  assert any("linear" in block for block in finished.solution["blocks"])
 
 
 def test_an_unreachable_target_is_refused_before_distillation(config: RunConfig, tmp_path: Path) -> None:

@@ -135,14 +135,15 @@ def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
     np.testing.assert_allclose(found[1], nll, rtol=0, atol=1e-5)
 
 
-def test_one_program_a_spec_and_one_for_the_metrics(model, parent, scorer, stored):
-  scoring._block.clear_cache()
+def test_one_program_a_subblock_and_one_for_the_metrics(model, parent, scorer, stored):
+  scoring._residual.clear_cache()
   scoring._measure.clear_cache()
   for block in ("gqa2/w8", "none/w48"):
     for layer in range(4):
       weights = model(block)[1]["layers"][0]
       scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
-  assert (scoring._block._cache_size(), scoring._measure._cache_size()) == (2 + len(set(PARENT)), 1)
+  specs = {s for block in (*PARENT, "gqa2/w8", "none/w48") for s in BlockSpec.parse(block).subblocks}
+  assert (scoring._residual._cache_size(), scoring._measure._cache_size()) == (len(specs), 1)
 
 
 class Letters:

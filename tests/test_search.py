@@ -1,14 +1,9 @@
-"""The search against enumeration and scipy's MILP, at the edge of its limits, and through its command."""
+"""The search against enumeration and scipy's MILP, and at the edge of its limits."""
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +13,8 @@ import scipy.sparse
 
 from puzzle_jax import search
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search import Limits, Program, Solution, frontier, sensitivity, solve, stable_layers
-from puzzle_jax.table import Table
+from puzzle_jax.search import Limits, Program, frontier, mip, sensitivity, solve, stable_layers
+from puzzle_jax.search.table import Table
 
 SCENARIO = {"input_tokens": 5, "output_tokens": 3}
 
@@ -140,8 +135,21 @@ def test_same_as_scipy_on_100_random_instances():
     assert child.score == pytest.approx(table.score.ravel()[result.x > 0.5].sum(), rel=1e-9, abs=0)
 
 
+def test_what_is_searched_first_changes_nothing(monkeypatch):
+  """However few variants the core holds, even too few for any child, or all."""
+  limits = Limits(min_speedup=2.0, max_memory_ratio=0.45, max_params_ratio=0.5)
+  for seed in range(6):
+    table = random_table(seed, layers=8, variants=6)
+    found = []
+    for core in (1, 2, 6):
+      monkeypatch.setattr(mip, "_CORE", core)
+      found.append(solve(table, limits, solutions=3, diverse_gap=0.0))
+    assert [c.mip_gap for children in found for c in children] == [0.0] * 9
+    assert [[c.choice for c in children] for children in found] == [[c.choice for c in found[0]]] * 3
+
+
 def test_without_limits_each_layer_takes_its_best_and_nothing_is_solved(monkeypatch):
-  monkeypatch.setattr(search, "_solve", None)
+  monkeypatch.setattr(mip, "minimise", None)
   table = random_table(0, layers=6, variants=5)
   assert solve(table)[0].choice == tuple(table.score.argmin(1))
 
@@ -342,6 +350,39 @@ def test_two_limits_that_conflict():
     solve(table, Limits(**limits), freeze={0: "a0/f"})
 
 
+def test_a_pair_is_named_where_one_conflicts():
+  """Any two of the first three limits can be met, all three cannot; nor can the last two."""
+  table = make_table(
+    [[0.0] * 4] * 2,
+    prefill=[[0.0, 2.0, 2.0, 9.0]] * 2,
+    decode=[[3.0, 0.0, 3.0, 9.0]] * 2,
+    params=[[2, 2, 0, 9]] * 2,
+    kv=[[5, 5, 5, 0]] * 2,
+  )
+  three = {"max_first_token_s": 2.0, "max_token_s": 1.0, "max_params": 2}
+  message = r"max_first_token_s=2 and max_token_s=1 and max_params=2 together: the nearest reachable"
+  with pytest.raises(PuzzleError, match=message):
+    solve(table, Limits(**three))
+  for name in three:
+    assert solve(table, Limits(**three | {name: None}))
+  with pytest.raises(PuzzleError, match=r"no child meets max_first_token_s=2 and max_kv_bytes_per_token=4 together"):
+    solve(table, Limits(**three, max_kv_bytes_per_token=4))
+
+
+@pytest.mark.parametrize("seed", [0, 146])
+def test_limits_that_fail_together_by_the_relaxed_program(seed):
+  """Limits on which HiGHS ends without a result if told to keep tiny coefficients of the relaxed program."""
+  rng = np.random.default_rng(seed)
+  score, prefill, decode = rng.random((3, 40, 20))
+  params, kv = rng.integers(0, 10**6, (40, 20)), rng.integers(0, 100, (40, 20))
+  table = make_table(score, prefill=prefill, decode=decode, params=params, kv=kv)
+  costs = (prefill + decode, 2 * params + 8 * kv, params)
+  shares = np.random.default_rng(seed).uniform(0.1, 0.5, 3)
+  most = [float(share * cost.mean(1).sum()) for share, cost in zip(shares, costs, strict=True)]
+  with pytest.raises(PuzzleError, match="the nearest reachable"):
+    solve(table, Limits(max_runtime_s=most[0], max_memory_bytes=most[1], max_params=most[2]))
+
+
 def test_frontier_and_stable_layers():
   table = random_table(9, layers=8, variants=5)
   fastest = 1 / _reach(table, Limits())
@@ -359,6 +400,7 @@ def test_frontier_and_stable_layers():
     assert layer.share == blocks.count(layer.block) / 3 == max(map(blocks.count, blocks)) / 3
   with pytest.raises(PuzzleError, match="limit 'speed' is unknown"):
     frontier(table, "speed", [1.0])
+  assert frontier(table, "min_speedup", []) == []
 
 
 def _reach(table: Table, limits: Limits) -> float:
@@ -417,76 +459,3 @@ def test_solution_json():
     "scenarios": {"chat": performance},
     "timing": {"solve_s": seconds},
   }
-
-
-ROOT = Path(__file__).parents[1]
-
-
-_WITHOUT_JAX = """
-import importlib.abc, runpy, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-  def find_spec(self, name, path, target=None):
-    if name in ("jax", "jaxlib", "flax", "torch", "tensorflow"):
-      raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocked())
-runpy.run_module("experiments.search", run_name="__main__", alter_sys=True)
-"""
-
-
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs the command where JAX and PyTorch cannot be imported."""
-  command = [sys.executable, "-c", _WITHOUT_JAX, *arguments]
-  environment = os.environ | {"PYTHONPATH": str(ROOT)}
-  return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def test_command(tmp_path):
-  table = random_table(11, layers=6, variants=4)
-  path, out = tmp_path / "table.json", tmp_path / "out"
-  path.write_text(json.dumps(table.to_json()))
-  out.mkdir()
-  (out / "solution_7.json").write_text("{}")  # of an earlier run
-  limits = Limits(max_memory_bytes=2**30 / 2**15, max_runtime_s=80.0, max_first_token_s=40.0, max_token_s=20.0)
-  done = _command(
-    f"--table={path}",
-    f"--out={out}",
-    "--scenario=chat",
-    "--batch=1",
-    f"--max_memory_gib={2**-15}",
-    "--max_runtime_s=80",
-    "--min_throughput=0.01",
-    "--max_first_token_s=40",
-    "--max_token_s=20",
-    "--max_params=1e9",
-    "--solutions=2",
-    "--min_different_layers=2",
-    "--freeze=0:a1/f,3:a2/f",
-  )
-  assert done.returncode == 0, done.stderr
-  expected = solve(table, limits, solutions=2, min_different_layers=2, freeze={0: "a1/f", 3: "a2/f"})
-  assert sorted(p.name for p in out.iterdir()) == ["solution_0.json", "solution_1.json"]
-  for k, child in enumerate(expected):
-    written = json.loads((out / f"solution_{k}.json").read_text())
-    assert written["choice"] == list(child.choice)
-    assert written["score"] == child.score
-    assert set(written) == {f.name for f in dataclasses.fields(Solution)} - {"solve_s"} | {"timing"}
-  assert "output tokens/s" in done.stdout
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--min_throughput=1e9"], "error: no child meets min_throughput=1000000000: the nearest reachable is "),
-    (["--freeze=0:a1/f,0:a2/f"], "error: --freeze: layer 0 is held to both a1/f and a2/f; keep one"),
-  ],
-)
-def test_command_fails_with_one_message(tmp_path, arguments, message):
-  path = tmp_path / "table.json"
-  path.write_text(json.dumps(random_table(11, layers=3, variants=3).to_json()))
-  done = _command(f"--table={path}", f"--out={tmp_path}", *arguments)
-  assert done.returncode == 1
-  assert done.stderr.startswith(message)
-  assert len(done.stderr.splitlines()) == 1
-  assert not list(tmp_path.glob("solution_*"))

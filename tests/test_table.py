@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.table import Table, Variant, exact
+from puzzle_jax.search.decimals import exact
+from puzzle_jax.search.table import Table, Variant
 
 
 def _variant(attention: str, ffn: str, *, score: float = 0.0, seconds: float = 0.1, **more: Any) -> dict[str, Any]:
@@ -174,6 +175,7 @@ _COST = (*_FIRST, "costs", "chat", "8")
     ((*_FIRST, "costs", "chat", "auto"), {}, "batch 'auto' of scenario chat is no positive whole number"),
     (("fixed", "costs", "chat", "8"), ..., "fixed: no costs for scenario chat, batch 8"),
     (("fixed", "params"), math.inf, "fixed: params is inf"),
+    ((*_FIRST, "costs", "chat", "08"), {}, "batch '08' of scenario chat is no positive whole number"),
   ],
 )
 def test_bad_tables_are_refused_by_name(data, path, value, message):
@@ -185,6 +187,12 @@ def test_bad_tables_are_refused_by_name(data, path, value, message):
   else:
     target[path[-1]] = value
   with pytest.raises(PuzzleError, match=message):
+    Table.from_json(data)
+
+
+def test_a_number_beyond_all_floats(data):
+  data["fixed"]["params"] = 10**400
+  with pytest.raises(PuzzleError, match="fixed: params is a whole number of 1329 bits, too large"):
     Table.from_json(data)
 
 

@@ -28,13 +28,14 @@ from absl import app, flags
 from puzzle_jax import search
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.search import Limits
+from puzzle_jax.search.table import FORMAT, Table
 from puzzle_jax.store import write_json
-from puzzle_jax.table import FORMAT, Table
 
 _OUT = flags.DEFINE_string("out", str(Path(__file__).parents[1] / "results" / "search.json"), "The record.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Tables of each size.", lower_bound=1)
 
 BATCH, INPUT, OUTPUT = 256, 600, 600
+_APART = 5  # layers in which each of several solutions differs from the others
 SCENARIOS = {"chat": {"input_tokens": INPUT, "output_tokens": OUTPUT}}
 HIDDEN, HEAD = 8192, 128
 
@@ -119,7 +120,7 @@ def timed(name: str, target_s: float, cases: list[Case], *, solutions: int = 1) 
   wall, cpu, gaps = [], [], []
   for table, asked in cases:
     start, start_cpu = time.perf_counter(), time.process_time()
-    found = search.solve(table, asked, solutions=solutions)
+    found = search.solve(table, asked, solutions=solutions, min_different_layers=_APART if solutions > 1 else 1)
     wall.append(round(time.perf_counter() - start, 3))
     cpu.append(round(time.process_time() - start_cpu, 3))
     gaps.append([child.mip_gap or 0.0 for child in found])
@@ -130,7 +131,7 @@ def timed(name: str, target_s: float, cases: list[Case], *, solutions: int = 1) 
     "cpu_s": cpu,
     "median_wall_s": statistics.median(wall),
     "first_gap": max(g[0] for g in gaps),
-    "largest_gap": max(map(max, gaps)),
+    "largest_gap": float(f"{max(map(max, gaps)):.4g}"),
   }
   print(record, flush=True)
   return record
@@ -247,7 +248,7 @@ def main(argv: list[str]) -> None:
   times = [
     timed("80 x 54, two limits", 1, two),
     timed("80 x 54, six limits", 3, [(table, six_limits(table)) for table in paper]),
-    timed("80 x 54, two limits, ten solutions", 30, two, solutions=10),
+    timed(f"80 x 54, two limits, ten solutions {_APART} layers apart", 30, two, solutions=10),
     timed("200 x 100, two limits", 10, [(table, two_limits(table)) for table in large]),
   ]
   small, middle = ([random_case(seed, *shape) for seed in range(n)] for n, shape in ((200, (5, 4)), (100, (12, 8))))
@@ -270,7 +271,7 @@ def main(argv: list[str]) -> None:
     "peers": peers,
   }
   write_json(Path(_OUT.value), record)
-  missed = [t["name"] for t in times if t["median_wall_s"] > t["target_s"]]
+  missed = [t["name"] for t in times if max(t["wall_s"]) > t["target_s"] or t["first_gap"] or t["largest_gap"] > 1e-3]
   missed += [p["name"] for p in peers if p["same"] < p["instances"]]
   sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 

@@ -1,7 +1,7 @@
 """What the search must beat: simpler ways to choose a child under the same limits (paper section 5). Imports no JAX.
 
 All take the arguments of `search.solve` and return children that meet the limits, checked exactly. Their `mip_gap` is
-None: nothing is proven. Every batch is tried and the child of lowest score kept.
+None: nothing is proven. Every batch is tried and the child of lowest score kept (`random_feasible` draws one).
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search import Limits, Program, Solution, infeasible, programs, solution
-from puzzle_jax.table import Table
+from puzzle_jax.search import Limits, Program, Solution, Tables, infeasible, programs, solution
+from puzzle_jax.search.table import Table
 
 Choice = tuple[int, ...]
 Rule = Callable[[Program], Choice | None]
@@ -24,7 +24,7 @@ class Baseline(Protocol):
 
   def __call__(
     self,
-    table: Table,
+    table: Tables,
     limits: Limits | None = None,
     *,
     scenario: str | None = None,
@@ -37,7 +37,7 @@ def _baseline(rule: Rule) -> Baseline:
   """Gives a rule that proposes a choice at one batch the interface of the search."""
 
   def run(
-    table: Table,
+    table: Tables,
     limits: Limits | None = None,
     *,
     scenario: str | None = None,
@@ -134,7 +134,7 @@ def most_parameters(program: Program) -> Choice | None:
 
 
 def random_feasible(
-  table: Table,
+  table: Tables,
   limits: Limits | None = None,
   *,
   scenario: str | None = None,
@@ -156,15 +156,16 @@ def random_feasible(
   """
   rng = np.random.default_rng(seed)
   tried = programs(table, limits or Limits(), scenario=scenario, batch=batch, freeze=freeze)
-  tried = [p for p in tried if p.minimise(np.zeros(table.score.shape))] or tried
+  tried = [p for p in tried if p.minimise(np.zeros(p.table.score.shape))] or tried
   children = []
   for _ in range(draws):
     start = time.perf_counter()
     program = tried[rng.integers(len(tried))]
     # Costs of 0 for what was drawn and about 1 for a change; what a change is to is random too.
-    drawn = np.where(program.table.allowed, rng.random(table.score.shape), -1.0).argmax(1)
-    change = 1 + rng.random(table.score.shape) / table.num_layers
-    change[np.arange(table.num_layers), drawn] = 0.0
+    shape = program.table.score.shape
+    drawn = np.where(program.table.allowed, rng.random(shape), -1.0).argmax(1)
+    change = 1 + rng.random(shape) / shape[0]
+    change[np.arange(shape[0]), drawn] = 0.0
     nearest = program.minimise(change, gap=1e-2)
     if nearest is None:
       raise infeasible(tried)
