@@ -1,4 +1,4 @@
-"""Writes the README's measured tables from experiments/results/: python -m experiments.readme [--check]."""
+"""Writes the measured tables of README and docs from experiments/results/: python -m experiments.readme [--check]."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 
 _ROOT = Path(__file__).parent.parent
-_CHECK = flags.DEFINE_bool("check", False, "Change nothing; fail if the README's tables are not those of the records.")
+_CHECK = flags.DEFINE_bool("check", False, "Change nothing; fail if the tables are not those of the records.")
 
 
 def _record(name: str) -> Any:
@@ -56,11 +56,64 @@ def parent_quality() -> str:
   return _table(["engine", f"perplexity, {record['tokens']:,} tokens of {record['text']['name']}"], rows)
 
 
-TABLES = {"quickstart": quickstart, "parent_quality": parent_quality}
+def _run_by(record: Any) -> str:
+  return f"`{record['command']}`, {record['hardware']}, {record['date']}, JAX {record['versions']['jax']}."
+
+
+def interactions() -> str:
+  """How well estimates rank children, and how far they are from the KL that is measured."""
+  record = _record("interactions")
+  names = {
+    "random": "100 random children, 1.05 to 2 times as fast",
+    "optimal": "the search's own at 20 speeds from 1.05 to 2",
+    "neighbours": "20 near-optimal children at 1.5",
+    "neighbours_in_child": "the same, scores taken in the best of them",
+    "neighbours_mean": "the same, the mean of both scores",
+  }
+  rows = []
+  for key, name in names.items():
+    s = record["summary"][key]
+    rows.append([name, f"{s['spearman']:.2f}", *(f"{s[f'ratio_{q}']:.2f}" for q in ("p10", "median", "p90"))])
+  header = ["estimate: the sum of scores, for", "Spearman's ρ with the KL", "KL / estimate, 10 %", "median", "90 %"]
+  return f"{_run_by(record)}\n\n{_table(header, rows)}"
+
+
+def compare() -> str:
+  """Ways to choose a child at one target, before and after the same global distillation."""
+  record = _record("compare")
+  rows = []
+  for name, result in sorted(record["methods"].items(), key=lambda item: item[1]["after_gkd"]["kl"]):
+    kl = [f"{result[when]['kl']:.3f} ± {result[when]['kl_stderr']:.3f}" for when in ("before_gkd", "after_gkd")]
+    row = [name, f"{result['speedup']:.3f}", f"{result['params'] * 1e-6:.1f}", f"{result['score']:.3f}", *kl]
+    rows.append([*row, f"{result['after_gkd']['perplexity']:.2f}"])
+  header = ["method", "predicted speed-up", "parameters (M)", "sum of scores", "KL", "KL after GKD", "perplexity after"]
+  return f"{_run_by(record)}\n\n{_table(header, rows)}"
+
+
+def search() -> str:
+  """Seconds of the search, and what else finds the same optima."""
+  record = _record("search")
+  times = [
+    [t["name"], f"{t['median_wall_s']:.2f}", f"{max(t['wall_s']):.2f}", f"{t['target_s']}"] for t in record["times"]
+  ]
+  peers = [[p["name"], f"{p['same']} of {p['instances']}", f"{p['time_ratio']:.1f}"] for p in record["peers"]]
+  where = (
+    f"`{record['command']}`, {record['hardware']['cores']} cores of {record['hardware']['cpu']}, {record['date']}."
+  )
+  return "\n\n".join(
+    [
+      where,
+      _table(["tables", "seconds (median)", "slowest", "aim"], times),
+      _table(["peer", "same optimum (1e-9)", "its time / ours"], peers),
+    ]
+  )
+
+
+TABLES = {f.__name__: f for f in (quickstart, parent_quality, interactions, compare, search)}
 
 
 def updated(text: str) -> str:
-  """The README with each block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+  """A page with each block between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
 
   def block(match: re.Match[str]) -> str:
     return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -70,13 +123,13 @@ def updated(text: str) -> str:
 
 def main(argv: list[str]) -> None:
   del argv
-  path = _ROOT / "README.md"
-  text = path.read_text()
-  if _CHECK.value:
-    if updated(text) != text:
-      sys.exit("error: README.md's tables differ from experiments/results/; run python -m experiments.readme")
-    return
-  path.write_text(updated(text))
+  for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))):
+    text = path.read_text()
+    if updated(text) == text:
+      continue
+    if _CHECK.value:
+      sys.exit(f"error: {path.name}'s tables differ from experiments/results/; run python -m experiments.readme")
+    path.write_text(updated(text))
 
 
 if __name__ == "__main__":

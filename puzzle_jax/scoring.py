@@ -1,7 +1,7 @@
 """Replace-1-block scores (paper section 4): one block of the intact parent replaced, measured on held-out tokens.
 
 Each score starts at the replaced layer from the stored activations; the prefix is never recomputed. One program is
-compiled for each subblock spec, the parent's own included, and one for the metrics, whatever the number of layers.
+compiled for each subblock spec, one for the parent's block and one for the metrics, whatever the number of layers.
 Scores are differences to the parent, lower is better, each with its standard error over sequences:
 
   kl        KL(parent ‖ child), nats a token
@@ -54,10 +54,9 @@ def _residual(spec: Subblock, config: ModelConfig, params: Any, x_BTD: jax.Array
   return x_BTD + subblocks.apply(spec, config, params, x_BTD, context=context)[0]
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "config"))
 def _block(spec: BlockSpec, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
-  for subblock in spec.subblocks:
-    x_BTD = _residual(subblock, config, params[subblock.slot], x_BTD, context)
-  return x_BTD
+  return decoder.block_apply(spec, config, params, x_BTD, context=context)[0]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -99,6 +98,7 @@ class Scorer:
   ):
     self._config, self._head = architecture.config, {k: w for k, w in params.items() if k != "layers"}
     self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
+    self._parent_specs = set(architecture.blocks)
     self._packed, self._task, self._precision = packed, task, precision
     self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
     starts = range(0, len(packed.tokens), batch_rows)
@@ -117,14 +117,23 @@ class Scorer:
         self._batches.append(_Batch(rows, context, reference, targets))
     self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
 
+  def _through(self, block: Block, x_BTD: jax.Array, context: subblocks.Context) -> jax.Array:
+    """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
+    spec, weights = block
+    if spec in self._parent_specs:
+      return _block(spec, self._config, weights, x_BTD, context)
+    for subblock in spec.subblocks:
+      x_BTD = _residual(subblock, self._config, weights[subblock.slot], x_BTD, context)
+    return x_BTD
+
   def _measured(self, x_RTD: Any, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
     """By metric, [R, T], behind a chain of blocks."""
     found = []
     with jax.default_matmul_precision(self._precision):
       for batch in self._batches:
         x = jnp.asarray(x_RTD[batch.rows])
-        for spec, weights in blocks:
-          x = _block(spec, self._config, weights, x, batch.context)
+        for block in blocks:
+          x = self._through(block, x, batch.context)
         found.append(_measure(self._config, self._head, x, batch.reference, batch.targets_T))
     fetched = jax.device_get(found)
     return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
@@ -168,9 +177,9 @@ class Scorer:
     """What each layer of a child reads on all rows, [R, T, D], one after the other; last what the final norm reads."""
     x_RTD = np.asarray(self._embedded())
     yield x_RTD
-    for spec, weights in blocks:
+    for block in blocks:
       with jax.default_matmul_precision(self._precision):
-        outputs = [_block(spec, self._config, weights, jnp.asarray(x_RTD[rows]), c) for rows, c in self._rows]
+        outputs = [self._through(block, jnp.asarray(x_RTD[rows]), context) for rows, context in self._rows]
       x_RTD = np.concatenate(jax.device_get(outputs))
       yield x_RTD
 

@@ -135,15 +135,17 @@ def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
     np.testing.assert_allclose(found[1], nll, rtol=0, atol=1e-5)
 
 
-def test_one_program_a_subblock_and_one_for_the_metrics(model, parent, scorer, stored):
+def test_one_program_a_subblock_a_parent_s_block_and_the_metrics(model, parent, scorer, stored):
   scoring._residual.clear_cache()
+  scoring._block.clear_cache()
   scoring._measure.clear_cache()
   for block in ("gqa2/w8", "none/w48"):
     for layer in range(4):
       weights = model(block)[1]["layers"][0]
       scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
-  specs = {s for block in (*PARENT, "gqa2/w8", "none/w48") for s in BlockSpec.parse(block).subblocks}
-  assert (scoring._residual._cache_size(), scoring._measure._cache_size()) == (len(specs), 1)
+  specs = {s for block in ("gqa2/w8", "none/w48") for s in BlockSpec.parse(block).subblocks}
+  sizes = [f._cache_size() for f in (scoring._residual, scoring._block, scoring._measure)]
+  assert sizes == [len(specs), len(set(PARENT)), 1]
 
 
 class Letters:
