@@ -28,6 +28,7 @@ from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Scale, Variants, Weights, mean_square, parent_deltas, token_weights
 
 LOSSES = ("delta", "paper")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class BLDConfig:
     warmup_steps: of the learning rate.
     weight_decay: AdamW's.
     clip_norm: gradient norm of one variant.
+    dtype: of the matrix products in training; weights, losses, fits and evaluations are fp32.
     seed: of the order of batches and of random first weights.
   """
 
@@ -56,11 +58,14 @@ class BLDConfig:
   warmup_steps: int = 10
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  dtype: str = "float32"
   seed: int = 0
 
   def __post_init__(self) -> None:
     if self.loss not in LOSSES:
       raise PuzzleError(f"bld.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
+    if self.dtype not in DTYPES:
+      raise PuzzleError(f"bld.dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
     if self.init not in surgery.METHODS:
       raise PuzzleError(f"bld.init={self.init!r} is not one of {', '.join(surgery.METHODS)}")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.warmup_steps < 0:
@@ -94,9 +99,9 @@ def _variant_losses(
   x, context, real = batch
   median, mean = scale
   attention, ffn = parent_deltas(space, config, parent, (x, context))
-  target = jax.lax.stop_gradient((attention + ffn).astype(jnp.float32))
+  target = jax.lax.stop_gradient(attention.astype(jnp.float32) + ffn)
   weight = token_weights(mean_square(target), real, median) / jnp.sum(real)
-  paper = real / jnp.sum(real * mean_square(x + attention + ffn))
+  paper = real / jnp.sum(real * mean_square(x + target))
   losses = {}
   for spec in space.variants:
     params = variants[spec.id]
@@ -106,7 +111,7 @@ def _variant_losses(
     else:
       first = attention
       second = subblocks.apply(spec, config, params, x + attention, context=context)[0]
-    error = mean_square((first + second).astype(jnp.float32) - target)
+    error = mean_square(first.astype(jnp.float32) + second - target)
     losses[spec.id] = {"delta": jnp.sum(weight * error) / mean, "paper": jnp.sum(paper * error)}
   return losses
 
@@ -137,6 +142,8 @@ def train_step(
   scale: tuple[Any, Any],
 ) -> tuple[Variants, dict[str, Any], dict[str, jax.Array]]:
   """One AdamW step of every variant of a layer; a variant whose gradient is not finite keeps its weights."""
+  x, context, real = batch
+  batch = (x, context.replace(dtype=jnp.dtype(settings.dtype)), real)
 
   def total(trained: Variants) -> tuple[jax.Array, dict[str, jax.Array]]:
     variants = {name: trained[name] | frozen[name] for name in trained}

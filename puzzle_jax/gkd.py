@@ -42,6 +42,7 @@ class GKDConfig:
     clip_norm: of the whole gradient.
     cosine_weight, kl_weight, lm_weight: the mix of losses.
     checkpoint_steps: steps between checkpoints.
+    dtype: of the matrix products; weights and losses are fp32.
     seed: of the order of rows.
   """
 
@@ -55,9 +56,12 @@ class GKDConfig:
   kl_weight: float = 1.0
   lm_weight: float = 0.0
   checkpoint_steps: int = 50
+  dtype: str = "float32"
   seed: int = 0
 
   def __post_init__(self) -> None:
+    if self.dtype not in ("float32", "bfloat16"):
+      raise PuzzleError(f"gkd.dtype={self.dtype!r} is not one of float32, bfloat16")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
       raise PuzzleError(f"gkd: steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed; got {self}")
     if min(self.cosine_weight, self.kl_weight, self.lm_weight) < 0 or not (
@@ -90,23 +94,24 @@ class State:
   history: jax.Array
 
 
-def _forward(architecture: Architecture, params: Any, batch: data.PackedText) -> decoder.Output:
+def _forward(architecture: Architecture, params: Any, batch: data.PackedText, dtype: Any) -> decoder.Output:
   return decoder.apply(
     architecture,
     params,
     batch.tokens,
     positions_BT=batch.positions,
     segments_BT=batch.segment_ids,
+    dtype=dtype,
     remat=True,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
   )
 
 
 def losses(
-  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.PackedText
+  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.PackedText, *, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
   """Mean KL, LM loss (nats a token) and the summed cosine distance of the hidden states."""
-  out = _forward(*child, batch)
-  teacher = jax.lax.stop_gradient(_forward(*parent, batch))
+  out = _forward(*child, batch, dtype)
+  teacher = jax.lax.stop_gradient(_forward(*parent, batch, dtype))
   mask_T = data.target_mask(batch.segment_ids).reshape(-1)
   count = jnp.maximum(jnp.sum(mask_T), 1)
   targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
@@ -136,7 +141,7 @@ def train_step(
   """One AdamW step; its metrics go into the history."""
 
   def total(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    parts = losses((child, params), (parent, parent_params), batch)
+    parts = losses((child, params), (parent, parent_params), batch, dtype=jnp.dtype(config.dtype))
     loss = config.cosine_weight * parts["cosine"] + config.kl_weight * parts["kl"] + config.lm_weight * parts["lm"]
     return loss, parts
 

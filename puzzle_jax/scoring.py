@@ -184,7 +184,7 @@ class Scorer:
       yield x_RTD
 
   def _embedded(self) -> jax.Array:
-    return decoder.embed(self._head, self._packed.tokens, dtype=jnp.float32)
+    return decoder.embed(self._head, self._packed.tokens)
 
 
 def mean_and_error(sums_R: np.ndarray, tokens_R: np.ndarray) -> tuple[float, float]:

@@ -67,6 +67,17 @@ def untrained(layer) -> Distilled:
   return layer.distil(QUICK, heldout=layer.batches("heldout", rows=64))
 
 
+def test_bf16_training_ends_where_fp32_does(layer, trained):
+  """Master weights and losses are fp32, so that small steps are not lost."""
+  rough = layer.distil(dataclasses.replace(TRAINING, dtype="bfloat16"))
+  for name, losses in trained.losses.items():
+    assert all(w.dtype == np.float32 for w in rough.weights[name].values())
+    assert rough.losses[name]["delta_init"] == losses["delta_init"]
+    assert rough.losses[name]["delta_trained"] == pytest.approx(losses["delta_trained"], rel=0.02)
+  curves = [(rough.curve[name][-1], curve[-1]) for name, curve in trained.curve.items()]
+  assert any(a != b for a, b in curves)
+
+
 # What it stores
 
 
@@ -245,6 +256,7 @@ def test_padding_tokens_do_not_matter(layer, trained):
   "change, message",
   [
     ({"loss": "mse"}, "bld.loss='mse' is not one of delta, paper"),
+    ({"dtype": "int8"}, "bld.dtype='int8' is not one of float32, bfloat16"),
     ({"init": "best"}, "bld.init='best' is not one of paper, truncate, random"),
     ({"steps": -1}, "steps, warmup_steps >= 0, batch_rows >= 1 and learning_rate > 0 are needed"),
   ],

@@ -65,6 +65,17 @@ def test_losses_are_the_definitions(child, parent, packed):
   assert found["cosine"] == pytest.approx(np.mean(cosine), rel=1e-5)
 
 
+def test_bf16_changes_the_losses_little(child, parent, packed):
+  exact = losses(child[1], parent[1], packed, child[0], parent[0])
+  rough = jax.jit(lambda c, p, b: gkd.losses((child[0], c), (parent[0], p), b, dtype=jnp.bfloat16))(
+    child[1], parent[1], packed
+  )
+  for name, value in exact.items():
+    assert rough[name].dtype == jnp.float32
+    assert rough[name] == pytest.approx(float(value), rel=0.02)
+    assert rough[name] != value
+
+
 def test_an_identical_child_has_loss_0(parent, packed):
   """Stacked, so that another program computes it: to fp32's rounding of 1 − cos, three layers of it."""
   found = losses(jax.jit(decoder.stacked, static_argnums=0)(*parent), parent[1], packed, parent[0], parent[0])

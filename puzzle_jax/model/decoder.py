@@ -36,10 +36,12 @@ class Output:
   cache: list[Cache] | None = None
 
 
-def context_of(config: ModelConfig, positions_BT: Array, *, segments_BT: Array | None = None) -> subblocks.Context:
+def context_of(
+  config: ModelConfig, positions_BT: Array, *, segments_BT: Array | None = None, dtype: Any = None
+) -> subblocks.Context:
   positions_BT = jnp.asarray(positions_BT)
   cos, sin = subblocks.rope_tables(config, positions_BT)
-  return Context(positions_BT, cos, sin, None if segments_BT is None else jnp.asarray(segments_BT))
+  return Context(positions_BT, cos, sin, None if segments_BT is None else jnp.asarray(segments_BT), dtype)
 
 
 def block_apply(
@@ -52,8 +54,9 @@ def block_apply(
   return x_BTD + delta, cache
 
 
-def embed(params: Tree, tokens_BT: Array, *, dtype: Any) -> jax.Array:
-  return params["embed"][tokens_BT].astype(dtype)
+def embed(params: Tree, tokens_BT: Array) -> jax.Array:
+  """The residual stream's beginning, fp32."""
+  return params["embed"][tokens_BT].astype(jnp.float32)
 
 
 def final_norm(config: ModelConfig, params: Tree, x_BTD: jax.Array) -> jax.Array:
@@ -90,14 +93,14 @@ def apply(
     positions_BT: position in the document; counted from 0 along the row when absent.
     segments_BT: document ids for packed rows; absent: one document a row.
     cache: of `empty_cache`; tokens are written to the slots that `positions_BT` names.
-    dtype: of the computation; norms, softmax and rotary tables are fp32 throughout.
+    dtype: of the matrix products; the residual stream, norms, softmax and rotary tables are fp32 throughout.
     remat: recompute each block's inside in the backward pass.
   """
   config = architecture.config
   if positions_BT is None:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  context = context_of(config, positions_BT, segments_BT=segments_BT)
-  x = embed(params, tokens_BT, dtype=dtype)
+  context = context_of(config, positions_BT, segments_BT=segments_BT, dtype=dtype)
+  x = embed(params, tokens_BT)
 
   def block(spec: BlockSpec, layer: Tree, x: jax.Array, layer_cache: Cache | None) -> tuple[jax.Array, Cache]:
     return block_apply(spec, config, layer, x, context=context, cache=layer_cache)
@@ -120,7 +123,7 @@ def apply(
       outputs.append(x)
       new_cache.append(layer_cache)
     layers = jnp.stack(outputs)
-  return Output(final_norm(config, params, x), layers, new_cache if cache is not None else None)
+  return Output(final_norm(config, params, x).astype(dtype), layers, new_cache if cache is not None else None)
 
 
 def stacked(architecture: Architecture, params: Tree) -> Tree:

@@ -20,18 +20,20 @@ Cache = dict[str, jax.Array]  # k and v [B, S, K, H]; empty for kinds without on
 
 @flax.struct.dataclass
 class Context:
-  """Where the tokens stand: what attention needs besides x.
+  """What a subblock needs besides x: where the tokens stand, and how precisely to compute.
 
   Attributes:
     positions_BT: position of each token in its document; with a cache also the slot that it takes.
     cos_BTH, sin_BTH: rotary tables, fp32.
     segments_BT: document of each token (0: padding), or None for one document a row, which is the fast path.
+    dtype: of the matrix products and of what a subblock adds, None for x's. Norms, softmax and rotary tables are fp32.
   """
 
   positions_BT: jax.Array
   cos_BTH: jax.Array
   sin_BTH: jax.Array
   segments_BT: jax.Array | None = None
+  dtype: Any = flax.struct.field(pytree_node=False, default=None)
 
 
 def dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -45,11 +47,11 @@ def _precision_of(dtype: Any) -> Any:
   return jax.default_matmul_precision("highest") if unset and dtype == jnp.float32 else contextlib.nullcontext()
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
-  """RMS norm, computed in fp32, returned in x's dtype."""
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float, dtype: Any = None) -> jax.Array:
+  """RMS norm, computed in fp32, returned in `dtype` or x's."""
   x = x_BTD.astype(jnp.float32)
   x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-  return (x * scale_D[None, None]).astype(x_BTD.dtype)
+  return (x * scale_D[None, None]).astype(dtype or x_BTD.dtype)
 
 
 def rope_tables(config: arch.ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +101,8 @@ class _Subblock(nn.Module):
     tensors = self.spec.tensors(self.config)
     return {name: self.param(name, init(name, t.shape), t.shape, jnp.float32) for name, t in tensors.items()}
 
-  def normed(self, x_BTD: jax.Array, p: Params) -> jax.Array:
-    return rms_norm(x_BTD, p["norm"], eps=self.config.norm_eps)
+  def normed(self, x_BTD: jax.Array, p: Params, context: Context) -> jax.Array:
+    return rms_norm(x_BTD, p["norm"], eps=self.config.norm_eps, dtype=context.dtype)
 
   def output(self, features_BTE: jax.Array, w_DE: jax.Array) -> jax.Array:
     """The last, linear map. Its input is sown as `features`: channel statistics and least-squares fits read it."""
@@ -115,7 +117,7 @@ class GQAttention(_Subblock):
   def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
     assert isinstance(self.spec, arch.GQA)
     p = self.weights()
-    h_BTD = self.normed(x_BTD, p)
+    h_BTD = self.normed(x_BTD, p, context)
 
     def project(name: str, heads: int) -> jax.Array:
       y = dot("btd,ed->bte", h_BTD, p[name])
@@ -151,9 +153,9 @@ class GatedFFN(_Subblock):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
-    del context, cache
+    del cache
     p = self.weights()
-    h_BTD = self.normed(x_BTD, p)
+    h_BTD = self.normed(x_BTD, p, context)
     channels_BTF = jax.nn.silu(dot("btd,fd->btf", h_BTD, p["gate"])) * dot("btd,fd->btf", h_BTD, p["up"])
     return self.output(channels_BTF, p["down"]), {}
 
@@ -163,9 +165,9 @@ class LinearMap(_Subblock):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
-    del context, cache
+    del cache
     p = self.weights()
-    return self.output(self.normed(x_BTD, p), p["linear"]), {}
+    return self.output(self.normed(x_BTD, p, context), p["linear"]), {}
 
 
 class Nothing(_Subblock):
@@ -173,8 +175,8 @@ class Nothing(_Subblock):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
-    del context, cache
-    return jnp.zeros_like(x_BTD), {}
+    del cache
+    return jnp.zeros_like(x_BTD, dtype=context.dtype), {}
 
 
 MODULES: dict[type[arch.Subblock], type[_Subblock]] = {
@@ -209,7 +211,7 @@ def apply(
   context: Context,
   cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """What the subblock adds to the residual, [B, T, D] in x's dtype, and its updated cache."""
+  """What the subblock adds to the residual, [B, T, D] in the context's dtype, and its updated cache."""
   return module(spec, config).apply({"params": params}, x_BTD, context, cache)  # type: ignore[return-value]
 
 
