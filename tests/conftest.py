@@ -1,5 +1,6 @@
 """Shared by the tests: tiny random models and packed rows."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend import core
 
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText
@@ -54,6 +56,22 @@ def packed() -> PackedText:
   positions = [[*range(9), *range(12), *range(3)], [*range(20), *[0] * 4]] * 4
   tokens = np.random.default_rng(0).integers(0, TINY["vocab_size"], (8, 24))
   return PackedText(*(np.array(x, np.int32) for x in (tokens, rows, positions)))
+
+
+def _matmul_flops(jaxpr: core.Jaxpr) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    total += sum(_matmul_flops(sub) for sub in core.jaxprs_in_params(eqn.params))
+    if eqn.primitive.name == "dot_general":
+      ((contracted, _), _), lhs = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+  return total
+
+
+@pytest.fixture(scope="session")
+def matmul_flops() -> Callable[[core.Jaxpr], int]:
+  """Counts those of all dot products of a program, in its subprograms too."""
+  return _matmul_flops
 
 
 @pytest.fixture(scope="session")

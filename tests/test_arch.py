@@ -1,7 +1,6 @@
 """Specs and their arithmetic, against the programs and the oracle that they describe."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from jax.extend import core
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle_jax import arch
@@ -78,19 +76,8 @@ def test_arithmetic_is_that_of_the_arrays(architecture, tie):
   assert a.kv_bytes_per_token() * batch * length == sum(2 * x.size for x in jax.tree.leaves(cache))
 
 
-def matmul_flops(jaxpr: core.Jaxpr) -> int:
-  """Of all dot products of a program, those in its subprograms included."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    total += sum(matmul_flops(sub) for sub in core.jaxprs_in_params(eqn.params))
-    if eqn.primitive.name == "dot_general":
-      ((contracted, _), _), lhs = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
-      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
-  return total
-
-
 @pytest.mark.parametrize("block", MIXED)
-def test_flops_are_those_of_the_program(architecture, block):
+def test_flops_are_those_of_the_program(architecture, matmul_flops, block):
   tokens = 10
   a = architecture(block)
 

@@ -1,0 +1,268 @@
+"""One step of blockwise local distillation: tokens/s here, of a PyTorch peer, and of the device's matrix products.
+
+    python -m experiments.benchmarks.bld --shapes=llama_8b        (one H100)
+    python -m experiments.benchmarks.bld --shapes=smollm2 --dtype=float32   (two CPU cores)
+
+All variants of one layer are trained in one step, decoupled, with random weights. The peer does the same in PyTorch:
+torch.compile, autocast, fused AdamW, flash attention, the parent's attention computed once. Each side runs in a process
+of its own, one after the other. Both are counted by the FLOPs that are needed (`puzzle_jax.flops`). Writes
+experiments/results/bld_SHAPES.json.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments import RESULTS
+from puzzle_jax import flops
+from puzzle_jax import space as space_lib
+from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
+from puzzle_jax.space import LayerSpace
+
+_SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["llama_8b", "llama_70b", "smollm2", "tiny"], "Of the block.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the matrix products.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed in a row.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "The fastest counts.")
+_SIDES = flags.DEFINE_list("sides", ["jax", "torch"], "What to run.")
+_SIDE = flags.DEFINE_string("side", "", "Run one side in this process and print its figures as JSON.")
+
+PAPER = {"attention": ("gqa", "linear", "none"), "ffn": (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")}
+QUICKSTART = {"attention": ("linear", "none"), "ffn": (0.75, 0.5, 0.25, "linear", "none")}
+SHAPES: dict[str, dict[str, Any]] = {  # sizes, the parent's block, [rows, tokens] of a step, what is trained
+  "llama_8b": {"d": 4096, "heads": 32, "h": 128, "block": "gqa8/w14336", "batch": (4, 4096), "space": PAPER},
+  "llama_70b": {"d": 8192, "heads": 64, "h": 128, "block": "gqa8/w28672", "batch": (2, 4096), "space": PAPER},
+  "smollm2": {"d": 576, "heads": 9, "h": 64, "block": "gqa3/w1536", "batch": (4, 256), "space": QUICKSTART},
+  "tiny": {"d": 64, "heads": 4, "h": 16, "block": "gqa2/w256", "batch": (2, 32), "space": PAPER},
+}
+
+
+def layer_space(name: str) -> tuple[ModelConfig, LayerSpace, tuple[int, int]]:
+  """The model, the layer's variants, rows and tokens of a step."""
+  s = SHAPES[name]
+  config = ModelConfig(
+    vocab_size=256, hidden_size=s["d"], num_heads=s["heads"], head_dim=s["h"], max_context=8192, rope_theta=5e5
+  )
+  parent = Architecture(config, (BlockSpec.parse(s["block"]),))
+  return config, space_lib.build(parent, ffn_multiple=64, **s["space"]).layers[0], s["batch"]
+
+
+def random_input(config: ModelConfig, shape: tuple[int, int]) -> np.ndarray:
+  return np.random.default_rng(1).standard_normal((*shape, config.hidden_size), np.float32)
+
+
+def random_weights(config: ModelConfig, space: LayerSpace) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+  """The parent's block by slot, and the variants by name; NumPy, fp32."""
+  rng = np.random.default_rng(0)
+
+  def draw(spec: Any) -> dict[str, np.ndarray]:
+    shapes = {k: t.shape for k, t in spec.tensors(config).items()}
+    scale = {k: s[-1] ** -0.5 for k, s in shapes.items()}
+    return {
+      k: np.ones(s, np.float32) if k == "norm" else scale[k] * rng.standard_normal(s, np.float32)
+      for k, s in shapes.items()
+    }
+
+  parent = {s.slot: draw(s) for s in space.parent.subblocks}
+  return parent, {s.id: draw(s) for s in space.variants if s.tensors(config)}
+
+
+def fastest(step: Callable[[], Any], wait: Callable[[], None]) -> float:
+  """Seconds of a step, after two that compile and warm up."""
+  for _ in range(2):
+    step()
+  wait()
+  times = []
+  for _ in range(_REPEATS.value):
+    begin = time.perf_counter()
+    for _ in range(_STEPS.value):
+      step()
+    wait()
+    times.append((time.perf_counter() - begin) / _STEPS.value)
+  return min(times)
+
+
+def run_jax() -> dict[str, Any]:
+  """This project's step, and the rate of a large matrix product."""
+  import jax
+  import jax.numpy as jnp
+
+  from puzzle_jax import bld
+  from puzzle_jax.costs import jax_timing
+  from puzzle_jax.model import decoder
+
+  config, space, (rows, tokens) = layer_space(_SHAPES.value)
+  settings = bld.BLDConfig(dtype=_DTYPE.value, steps=1000)
+  parent, variants = jax.tree.map(jnp.asarray, random_weights(config, space))
+  trained = {name: {k: w for k, w in v.items() if k != "norm"} for name, v in variants.items()}
+  frozen = {name: {"norm": v["norm"]} for name, v in variants.items()}
+  states = {name: settings.optimizer().init(v) for name, v in trained.items()}
+  kept = [s for s in (*space.attention, *space.ffn) if s.id in variants or s in space.parent.subblocks]
+  space = LayerSpace(
+    tuple(s for s in kept if s.slot == "attention"), tuple(s for s in kept if s.slot == "ffn")
+  )  # without no-ops, which have nothing to train
+  x = jnp.asarray(random_input(config, (rows, tokens)))
+  context = decoder.context_of(config, jnp.broadcast_to(jnp.arange(tokens), (rows, tokens)))
+  batch, scale = (x, context, jnp.ones((rows, tokens))), (jnp.float32(1.0), jnp.float32(1.0))
+  state = [trained, states]
+  first: list[float] = []
+
+  def step() -> None:
+    state[0], state[1], losses = bld.train_step(
+      space, config, settings, parent, state[0], frozen, state[1], batch, scale
+    )
+    if not first:
+      first.append(float(sum(losses.values())))
+
+  seconds = fastest(step, lambda: jax.block_until_ready(state))
+  memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  size = 8192 if jax.default_backend() == "gpu" else 2048
+  a = jax.random.normal(jax.random.key(1), (size, size)).astype(_DTYPE.value)
+  product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest" if _DTYPE.value == "float32" else None))
+  out = [a]
+
+  def multiply() -> None:
+    out[0] = product(a)
+
+  matmul = 2 * size**3 / fastest(multiply, lambda: jax.block_until_ready(out))
+  versions = jax_timing.versions()
+  return {"first_loss": first[0], "seconds": seconds, "peak_bytes": memory, "matmul_flops_per_s": matmul} | {
+    "hardware": jax_timing.hardware(),
+    "versions": versions,
+  }
+
+
+def run_torch() -> dict[str, Any]:
+  """The peer's step."""
+  import torch
+  import torch.nn.functional as F
+
+  config, space, (rows, tokens) = layer_space(_SHAPES.value)
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  dtype = getattr(torch, _DTYPE.value)
+  parent_np, variants_np = random_weights(config, space)
+  parent = {slot: {k: torch.tensor(w, device=device) for k, w in v.items()} for slot, v in parent_np.items()}
+  frozen = {slot: {k: w.to(dtype) if w.ndim == 2 else w for k, w in v.items()} for slot, v in parent.items()}
+  variants = {
+    name: {k: torch.tensor(w, device=device, requires_grad=k != "norm") for k, w in v.items()}
+    for name, v in variants_np.items()
+  }
+  half = config.head_dim // 2
+  angle = torch.arange(tokens, device=device)[:, None] * config.rope_theta ** (
+    -torch.arange(half, device=device) / half
+  )
+  cos, sin = (torch.cat([f(angle)] * 2, -1)[None, :, None] for f in (torch.cos, torch.sin))
+
+  def norm(x: Any, scale: Any) -> Any:
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * scale).to(dtype)
+
+  def rotate(x: Any) -> Any:
+    first, second = x.float().chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(dtype)
+
+  def attention(spec: Any, p: Any, x: Any) -> Any:
+    h = norm(x, p["norm"])
+    if spec.name == "linear":
+      return F.linear(h, p["linear"].to(dtype))
+    q, k, v = (F.linear(h, p[n].to(dtype)).view(rows, tokens, -1, config.head_dim) for n in "qkv")
+    q, k, v = (t.transpose(1, 2) for t in (rotate(q), rotate(k), v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return F.linear(y.transpose(1, 2).reshape(rows, tokens, -1), p["o"].to(dtype))
+
+  def ffn(spec: Any, p: Any, x: Any) -> Any:
+    h = norm(x, p["norm"])
+    if spec.name == "linear":
+      return F.linear(h, p["linear"].to(dtype))
+    gate, up = (F.linear(h, p[n].to(dtype)) for n in ("gate", "up"))
+    return F.linear(F.silu(gate) * up, p["down"].to(dtype))
+
+  specs = [s for s in space.variants if s.id in variants]
+
+  def losses(x: Any) -> Any:
+    with torch.no_grad():
+      first = attention(space.attention[0], frozen["attention"], x)
+      target = first.float() + ffn(space.ffn[0], frozen["ffn"], x + first)
+      square = target.square().mean(-1)
+      weight = torch.clamp(10.0 / square, max=1.0) / square.numel()
+    total = 0.0
+    for spec in specs:
+      p = variants[spec.id]
+      if spec.slot == "attention":
+        delta = attention(spec, p, x)
+        delta = delta.float() + ffn(space.ffn[0], frozen["ffn"], x + delta)
+      else:
+        delta = first.float() + ffn(spec, p, x + first)
+      total = total + (weight * (delta - target).square().mean(-1)).sum()
+    return total
+
+  groups = {name: [w for k, w in v.items() if k != "norm"] for name, v in variants.items()}
+  optimizer = torch.optim.AdamW([w for g in groups.values() for w in g], lr=1e-4, weight_decay=0.0, fused=True)
+  compiled = torch.compile(losses)
+  x = torch.tensor(random_input(config, (rows, tokens)), device=device)
+  first_loss: list[float] = []
+
+  def step() -> None:
+    loss = compiled(x)
+    if not first_loss:
+      first_loss.append(float(loss))
+    loss.backward()
+    for weights in groups.values():
+      torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+  seconds = fastest(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
+  memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
+  return {
+    "first_loss": first_loss[0],
+    "seconds": seconds,
+    "peak_bytes": memory,
+    "versions": {"torch": torch.__version__},
+  }
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  if _SIDE.value:
+    print(json.dumps({"jax": run_jax, "torch": run_torch}[_SIDE.value]()))
+    return
+  passed = [f"--{f.name}={f.value}" for f in (_SHAPES, _DTYPE, _STEPS, _REPEATS)]
+  config, space, (rows, tokens) = layer_space(_SHAPES.value)
+  needed = flops.decoupled_step(space, config, context=tokens // 2)
+  sides = {}
+  for side in _SIDES.value:
+    command = [sys.executable, "-m", "experiments.benchmarks.bld", f"--side={side}", *passed]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+      sys.exit(f"error: {side}: {done.stderr[-2000:]}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    rate = rows * tokens / figures["seconds"]
+    sides[side] = figures | {"tokens_per_s": rate, "flops_per_s": rate * needed}
+    print(side, sides[side], flush=True)
+  record: dict[str, Any] = {
+    "command": f"python -m experiments.benchmarks.bld {' '.join(passed)}",
+    "date": time.strftime("%F"),
+    "shapes": _SHAPES.value,
+    "variants": [s.id for s in space.variants],
+    "tokens_per_step": rows * tokens,
+    "needed_flops_per_token": needed,
+    **sides,
+  }
+  if "jax" in sides:
+    record["share_of_matmul_rate"] = sides["jax"]["flops_per_s"] / sides["jax"]["matmul_flops_per_s"]
+  if len(sides) == 2:
+    ours, theirs = (sides[side]["first_loss"] for side in ("jax", "torch"))
+    if abs(ours - theirs) > (1e-4 if _DTYPE.value == "float32" else 1e-2) * abs(theirs):
+      sys.exit(f"error: the sides do not compute the same: first losses {ours} and {theirs}")
+    record["times_the_peer"] = sides["jax"]["tokens_per_s"] / sides["torch"]["tokens_per_s"]
+  print({k: v for k, v in record.items() if k in ("share_of_matmul_rate", "times_the_peer")})
+  (RESULTS / f"bld_{_SHAPES.value}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
