@@ -10,11 +10,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle_jax.bld import BLDConfig
+from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
 from puzzle_jax.serving.engines import by_name
@@ -71,18 +72,6 @@ class DataConfig:
         raise PuzzleError(f"data.{name}={getattr(self, name)} is less than one row of data.seq_len={self.seq_len}")
     if not 0 < self.heldout_fraction < 1:
       raise PuzzleError(f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ActivationsConfig:
-  """`dtype` of the stored training activations; `batch_rows` on the device at once."""
-
-  dtype: str = "bfloat16"
-  batch_rows: int = 8
-
-  def __post_init__(self) -> None:
-    _one_of("activations.dtype", self.dtype, DTYPES)
-    _at_least(1, "activations", batch_rows=self.batch_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +187,7 @@ class RunConfig:
   scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
   costs: CostsConfig = dataclasses.field(default_factory=CostsConfig)
   search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+  coupled: CoupledConfig = dataclasses.field(default_factory=CoupledConfig)
   gkd: GKDConfig = dataclasses.field(default_factory=GKDConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
@@ -215,6 +205,15 @@ class RunConfig:
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
+
+  def results(self) -> dict[str, Any]:
+    """The same without fields that no result depends on (where activations lie)."""
+    values = self.to_dict()
+    for section in dataclasses.fields(self):
+      for field in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
+        if not field.metadata.get("result", True):
+          del values[section.name][field.name]
+    return values
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -9,7 +9,6 @@ held-out tokens.
 import contextlib
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +76,11 @@ class NormalEquations:
 
 @functools.partial(jax.jit, static_argnames=("space", "config"))
 def _regression(
-  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Any, median: float
+  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Batch, median: float
 ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
   """Features [T, E], the parent's delta [T, D] and token weights [T] of every variant with a last matrix."""
   x, context, real = batch
-  deltas = dict(zip(("attention", "ffn"), parent_deltas(space, config, parent, (x, context)), strict=True))
+  deltas = dict(zip(("attention", "ffn"), parent_deltas(space.parent, config, parent, x, context), strict=True))
   inputs = {"attention": x, "ffn": x + deltas["attention"]}
   weight = token_weights(mean_square(deltas["attention"] + deltas["ffn"]), real, median)
   result = {}
@@ -123,8 +122,7 @@ def fit(
   def equations(batches: Iterable[Batch]) -> dict[str, NormalEquations]:
     result: dict[str, NormalEquations] = {}
     for batch in batches:
-      inputs = (batch.x_BTD, batch.context, batch.real_BT)
-      for name, (features, target, weight) in _regression(space, config, parent, variants, inputs, median).items():
+      for name, (features, target, weight) in _regression(space, config, parent, variants, batch, median).items():
         if name not in result:
           result[name] = NormalEquations(features.shape[1], target.shape[1])
         result[name].add(features, target, weight)

@@ -46,7 +46,7 @@ class Stage:
   version: int = 1
 
   def key(self, run: Run) -> dict[str, Any]:
-    config = run.config.to_dict()
+    config = run.config.results()
     key = {
       "version": self.version,
       "parent": run.parent.digest,
@@ -59,8 +59,8 @@ class Stage:
 STAGES = (
   Stage("data", stages.make_data, ("data",), ()),
   Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target),
-  Stage("activations", stages.make_activations, ("activations",), ("data",)),
-  Stage("library", stages.make_library, ("bld", "space"), ("data", "activations")),
+  Stage("activations", stages.make_activations, (), ("data",), version=2),
+  Stage("library", stages.make_library, ("bld", "space", "activations"), ("data", "activations"), version=2),
   Stage("scores", stages.make_scores, ("scores", "space"), ("data", "activations", "library")),
   Stage(
     "search",
@@ -69,15 +69,21 @@ STAGES = (
     ("data", "activations", "library", "scores", "costs"),
     version=2,
   ),
-  Stage("child", stages.make_child, ("space",), ("library", "search")),
+  Stage(
+    "coupled",
+    stages.make_coupled,
+    ("coupled", "search", "scores", "space", "activations"),
+    ("data", "activations", "library", "search"),
+  ),
+  Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
   Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child")),
-  Stage("evaluation", stages.make_evaluation, ("evaluation", "costs"), ("data", "child", "gkd", "search")),
+  Stage("evaluation", stages.make_evaluation, ("evaluation", "costs"), ("data", "child", "gkd", "search", "coupled")),
   Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
   Stage(
     "report",
     stages.make_report,
     ("name",),
-    ("costs", "library", "scores", "search", "gkd", "evaluation"),
+    ("costs", "library", "scores", "search", "coupled", "gkd", "evaluation"),
     times_too=True,
   ),
 )

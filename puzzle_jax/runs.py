@@ -82,7 +82,13 @@ class Run:
 
   @property
   def solution(self) -> dict[str, Any]:
-    """The architecture that the search chose, with what it predicts of it."""
+    """The architecture that the search chose, with what it predicts of it; of the second search, if there was one."""
+    coupled = self.store("coupled")
+    return coupled.get_json("solution_0.json") if "solution_0.json" in coupled else self.first_solution
+
+  @property
+  def first_solution(self) -> dict[str, Any]:
+    """That of the first search."""
     return self.store("search").get_json("solution_0.json")
 
   @property

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,15 @@ import scipy.stats
 
 from puzzle_jax import activations, divergence
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig, Subblock
+from puzzle_jax.bld import Job
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.space import LayerSpace, Space
+
+if TYPE_CHECKING:
+  from puzzle_jax.runs import Run
 
 GRANULARITIES = ("composed", "subblocks")
 METRICS = ("kl", "lm_loss", "cosine", "accuracy")
@@ -187,6 +191,21 @@ class Scorer:
     return decoder.embed(self._head, self._packed.tokens)
 
 
+def scorer_of(run: "Run", params: Mapping[str, Any], *, task: bool = False) -> Scorer:
+  """The scorer of a run's held-out rows, or of its task's; `params` are the parent's."""
+  config, architecture = run.config.scores, run.parent.architecture
+  name = "task" if task else "heldout"
+  return Scorer(
+    architecture,
+    params,
+    packed=run.task.packed if task and run.task else run.packed(name),
+    last_RTD=activations.read(run.store("activations"), name, architecture.num_layers),
+    batch_rows=config.batch_rows,
+    precision=config.precision,
+    task=run.task if task else None,
+  )
+
+
 def mean_and_error(sums_R: np.ndarray, tokens_R: np.ndarray) -> tuple[float, float]:
   """Mean a token over rows, and its standard error (ratio estimator over rows); the error of a single row is 0."""
   mean = float(sums_R.sum() / tokens_R.sum())
@@ -249,8 +268,9 @@ def rank_correlation(space: Space, scores: Sequence[Scores], *, metric: str) -> 
 
 
 def block_weights(
-  space: LayerSpace, block: BlockSpec, parent: Mapping[str, Any], library: Mapping[str, Any]
+  space: LayerSpace, block: BlockSpec, parent: Mapping[str, Any], library: Mapping[str, Any], *, job: Job | None = None
 ) -> dict[str, Any]:
-  """The weights of a block: the parent's own subblocks, or the library's variants."""
-  own = dict(zip(("attention", "ffn"), space.parent.subblocks, strict=True))
-  return {s.slot: parent[s.slot] if s == own[s.slot] else library[s.id] for s in block.subblocks}
+  """The weights of a block: the parent's own subblocks, or the library's variants; those of a pair with its `job`."""
+  own = space.parent.subblocks
+  names = {s: s.id if job is None else job.entry(s) for s in block.subblocks}
+  return {s.slot: parent[s.slot] if s in own else library[names[s]] for s in block.subblocks}

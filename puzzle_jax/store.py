@@ -191,6 +191,11 @@ class StageStore:
     if self._manifest["files"].pop(name, None) is not None:
       self._save()
 
+  def remove(self, name: str) -> None:
+    """Deletes a file, if it is there."""
+    self._forget(name)
+    (self.root / name).unlink(missing_ok=True)
+
   def _record(self, *names: str) -> None:
     for name in names:
       path = self.root / name
