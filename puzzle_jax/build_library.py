@@ -9,7 +9,7 @@ import numpy as np
 from puzzle_jax import activations, memory, rolling
 from puzzle_jax.activations import Batch
 from puzzle_jax.bld import BLDConfig, Job, JobWeights
-from puzzle_jax.distil import Distillation, first_weights
+from puzzle_jax.distil import Distillation, Distilled, first_weights
 from puzzle_jax.library import Library
 from puzzle_jax.rolling import Turn
 from puzzle_jax.runs import Run
@@ -59,6 +59,9 @@ class Builder:
     run, library, settings = self._run, self._library, self._settings
     shapes = [(layer.parent, self._jobs(i)) for i, layer in enumerate(run.space.layers)]
     groups = [layers for layers in layer_groups(shapes, at_most=settings.layers) if shapes[layers[0]][1]]
+    for layer, (_, jobs) in enumerate(shapes):
+      if not jobs and layer not in library:
+        library.put(layer, Distilled({}, {}, {}))
     parts = rolling.cut(run.packed("train"), run.config.activations.window_tokens)
     stops = [settings.steps * i // len(parts) for i in range(len(parts) + 1)]
 

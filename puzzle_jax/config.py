@@ -82,9 +82,12 @@ class SpaceConfig:
   ffn: tuple[str | float, ...] = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")
   ffn_multiple: int = 64
   layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  engine: str = ""
 
   def __post_init__(self) -> None:
     _at_least(1, "space", ffn_multiple=self.ffn_multiple)
+    if self.engine:
+      by_name(self.engine)
 
 
 @dataclasses.dataclass(frozen=True)

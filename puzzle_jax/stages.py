@@ -114,6 +114,8 @@ def make_scores(run: Run, store: StageStore) -> None:
     done = {*found["blocks"], *found["left_out"]}
     if missing := [b for b in scoring.blocks_to_score(layer_space, config.granularity) if b.name not in done]:
       todo.append((layer, file, found, missing))
+    elif file not in store:  # nothing to choose there
+      store.put_json(file, found)
 
   def load(layer: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {kind: activations.read(stored, kind, layer) for kind in scorers}, library.load_layer(layer)
