@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText
+from puzzle_jax.mesh import fetch, place, rows_of_layers, rows_spec
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
@@ -44,31 +46,40 @@ def layer_file(name: str, layer: int) -> str:
   return f"{name}/layer_{layer:02d}.safetensors"
 
 
-def to_context(
-  config: ModelConfig, packed: PackedText, rows: slice, *, one_document: bool = False
-) -> subblocks.Context:
-  """Positions and document boundaries of rows; without boundaries when a row shall count as one document."""
-  if one_document:
-    tokens = packed.tokens[rows]
-    return decoder.context_of(config, np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape))
+Where = tuple[subblocks.Context, jax.Array]  # a batch's, without what is read
+
+
+def to_context(config: ModelConfig, packed: PackedText, rows: slice) -> subblocks.Context:
+  """Positions and document boundaries of rows."""
   return decoder.context_of(
     config, jnp.asarray(packed.positions[rows]), segments_BT=jnp.asarray(packed.segment_ids[rows])
   )
 
 
-def real(packed: PackedText, rows: slice) -> jax.Array:
-  """1.0 for tokens, 0.0 for padding, [B, T]."""
-  return jnp.asarray(packed.segment_ids[rows] > 0, jnp.float32)
+@functools.partial(jax.jit, static_argnames=("config", "one_document"))
+def _where(config: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, one_document: bool) -> Where:
+  segments = None if one_document else segments_BT
+  return decoder.context_of(config, positions_BT, segments_BT=segments), (segments_BT > 0).astype(jnp.float32)
+
+
+def where_of(config: ModelConfig, packed: PackedText, mesh: Mesh, *, one_document: bool = False) -> Where:
+  """Where the tokens of some rows stand, on a mesh; without boundaries when a row shall count as one document."""
+  positions = packed.positions
+  if one_document:
+    positions = np.broadcast_to(np.arange(positions.shape[1], dtype=np.int32), positions.shape)
+  rows = rows_spec(mesh, packed.num_rows)
+  return _where(config, place(mesh, positions, rows), place(mesh, packed.segment_ids, rows), one_document)
 
 
 def batches(
-  config: ModelConfig, packed: PackedText, inputs_RTD: Sequence[np.ndarray], *, batch_rows: int
+  config: ModelConfig, packed: PackedText, inputs_RTD: Sequence[np.ndarray], mesh: Mesh, *, batch_rows: int
 ) -> Iterator[Batch]:
   """All rows of the stored inputs of some layers, in order; x [G, B, T, D]."""
   for start in range(0, packed.num_rows, batch_rows):
-    rows = slice(start, start + batch_rows)
-    x_GBTD = jnp.asarray(np.stack([x[rows] for x in inputs_RTD]), jnp.float32)
-    yield Batch(x_GBTD, to_context(config, packed, rows), real(packed, rows))
+    rows = packed.rows(slice(start, start + batch_rows))
+    x_GBTD = np.stack([x[start : start + batch_rows] for x in inputs_RTD]).astype(np.float32)
+    spec = rows_of_layers(mesh, len(x_GBTD), rows.num_rows)
+    yield Batch(place(mesh, x_GBTD, spec), *where_of(config, rows, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config"))
@@ -84,7 +95,13 @@ def forward(spec: BlockSpec, config: ModelConfig, params: Any, batch: Batch) -> 
 
 
 def write(
-  store: StageStore, parent: Parent, packed: Mapping[str, PackedText], *, batch_rows: int, progress: Progress
+  store: StageStore,
+  parent: Parent,
+  packed: Mapping[str, PackedText],
+  mesh: Mesh,
+  *,
+  batch_rows: int,
+  progress: Progress,
 ) -> None:
   """Runs the parent layer by layer over the token sets and stores every layer's input; resumes after the last one."""
   architecture = parent.architecture
@@ -100,8 +117,8 @@ def write(
         continue
       params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), parent.layer(layer))
       for name in packed:
-        inputs = batches(config, packed[name], [read(store, name, layer)], batch_rows=batch_rows)
-        outputs = [np.asarray(forward(spec, config, params, batch.layer(0))[0]) for batch in inputs]
+        inputs = batches(config, packed[name], [read(store, name, layer)], mesh, batch_rows=batch_rows)
+        outputs = [fetch(forward(spec, config, params, batch.layer(0))[0]) for batch in inputs]
         store.put_arrays(layer_file(name, layer + 1), {"x": np.concatenate(outputs)})
 
 

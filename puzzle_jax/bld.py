@@ -285,9 +285,6 @@ def evaluate_batch(
   return jax.vmap(layer)(parent, weights, batch.x, scale)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("spec", "jobs", "config", "settings"), donate_argnames=("trained", "states")
-)
 def train_step(
   spec: BlockSpec,
   jobs: tuple[Job, ...],

@@ -27,14 +27,13 @@ def layer_groups(shapes: Sequence[Any], *, at_most: int) -> list[range]:
   return groups
 
 
-def order(rows: int, batch_rows: int, *, steps: int, seed: tuple[int, ...]) -> list[slice]:
-  """The rows of each step: every full batch once, in an order of its own, before any comes again."""
-  starts = range(0, rows - batch_rows + 1, batch_rows)
+def order(batches: int, *, steps: int, seed: tuple[int, ...]) -> list[int]:
+  """The batch of each step: every one once, in an order of its own, before any comes again."""
   rng = np.random.default_rng(seed)
   chosen: list[int] = []
   while len(chosen) < steps:
-    chosen += rng.permutation(starts).tolist()
-  return [slice(start, start + batch_rows) for start in chosen[:steps]]
+    chosen += rng.permutation(batches).tolist()
+  return chosen[:steps]
 
 
 class Builder:
@@ -52,7 +51,7 @@ class Builder:
     self._run, self._library, self._settings, self._jobs, self._first = run, library, settings, jobs, first
     self._config = run.parent.architecture.config
     self._heldout_rows = run.packed("heldout")
-    self._steps: dict[tuple[tuple[Job, ...], int, int], list[memory.Step]] = {}
+    self._steps: dict[tuple[tuple[Job, ...], int], list[memory.Step]] = {}
 
   def build(self) -> None:
     """Distils what is missing."""
@@ -62,7 +61,7 @@ class Builder:
     for layer, (_, jobs) in enumerate(shapes):
       if not jobs and layer not in library:
         library.put(layer, Distilled({}, {}, {}))
-    parts = rolling.cut(run.packed("train"), run.config.activations.window_tokens)
+    parts = rolling.cut(run.packed("train"), run.config.activations.window_tokens, settings.batch_rows)
     stops = [settings.steps * i // len(parts) for i in range(len(parts) + 1)]
 
     def done(index: int, layers: range) -> bool:
@@ -76,6 +75,8 @@ class Builder:
         groups,
         parts,
         run.config.activations,
+        run.mesh,
+        rows=settings.batch_rows,
         dtype=settings.dtype,
         folder=run.config.activations.location or str(library.store.root / "activations"),
         key=f"{run.parent.digest} {run.store('data').content()}",
@@ -93,7 +94,7 @@ class Builder:
   def _heldout(self, layers: Sequence[int]) -> Callable[[], Iterator[Batch]]:
     inputs = [activations.read(self._run.store("activations"), "heldout", layer) for layer in layers]
     rows = self._settings.batch_rows
-    return lambda: activations.batches(self._config, self._heldout_rows, inputs, batch_rows=rows)
+    return lambda: activations.batches(self._config, self._heldout_rows, inputs, self._run.mesh, batch_rows=rows)
 
   def _begin(self, turn: Turn) -> Distillation:
     parents = [self._run.parent.layer(layer, np.float32) for layer in turn.layers]
@@ -108,6 +109,7 @@ class Builder:
       self._run.parent.architecture.blocks[turn.layers[0]],
       self._config,
       parents,
+      self._run.mesh,
       jobs=jobs,
       settings=self._settings,
       heldout=self._heldout(turn.layers),
@@ -119,9 +121,7 @@ class Builder:
     self, turn: Turn, g: int, parent: Mapping[str, Mapping[str, np.ndarray]], jobs: tuple[Job, ...]
   ) -> JobWeights:
     settings, layer, shape = self._settings, turn.layers[g], turn.window.shape
-    rows = min(settings.batch_rows, shape.rows)
-    last = max(rows, min(shape.rows, settings.fit_tokens // shape.tokens))
-    slices = [slice(start, start + rows) for start in range(0, last - rows + 1, rows)]
+    fitted = range(max(1, min(shape.shards, settings.fit_tokens // (shape.rows * shape.tokens))))
     held_out = self._heldout([layer])
     variants = first_weights(
       self._run.space.layers[layer],
@@ -129,7 +129,7 @@ class Builder:
       parent,
       settings=settings,
       statistics=turn.statistics[g],
-      train=lambda: (batch.layer(0) for batch in turn.window.batches([layer], slices)),
+      train=lambda: (batch.layer(0) for batch in turn.window.batches([layer], fitted)),
       heldout=lambda: (batch.layer(0) for batch in held_out()),
     )
     return {job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs}
@@ -138,17 +138,16 @@ class Builder:
     if not steps or not distillation.trainable:
       return
     shape, settings = turn.window.shape, self._settings
-    rows = min(settings.batch_rows, shape.rows)
-    slices = order(shape.rows, rows, steps=steps, seed=(settings.seed, turn.index))
+    batches = order(shape.shards, steps=steps, seed=(settings.seed, turn.index))
     jobs = distillation.trainable
-    key = (jobs, rows, len(turn.layers))  # the shapes that a step is compiled for
+    key = (jobs, len(turn.layers))  # the shapes that a step is compiled for
     if key not in self._steps:
-      plan = memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=rows, tokens=shape.tokens)
+      plan = memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
       self._run.progress.say(f"library: {plan}")
       self._steps[key] = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
     for step in self._steps[key]:
       compiled = step.compiled_bytes
-      distillation.train(step.jobs, turn.window.batches(turn.layers, slices), step)
+      distillation.train(step.jobs, turn.window.batches(turn.layers, batches), step)
       if compiled is None and step.compiled_bytes is not None:
         self._run.progress.say(f"library: a step takes {step.compiled_bytes / 2**30:.2f} GiB as compiled")
 

@@ -15,6 +15,7 @@ from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
@@ -183,6 +184,7 @@ class RunConfig:
 
   name: str = "run"
   parent: str = "smollm2-135m"
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
   space: SpaceConfig = dataclasses.field(default_factory=SpaceConfig)

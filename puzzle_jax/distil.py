@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from puzzle_jax import bld, least_squares, memory, surgery, targets
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.bld import LOSSES, BLDConfig, Job, JobWeights
+from puzzle_jax.mesh import fetch, place_layers
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Weights
 
@@ -104,6 +106,7 @@ class Distillation:
     spec: the parent's block in each of the layers.
     config: of the model.
     parents: the layers' weights by slot.
+    mesh: the devices.
     jobs: what to distil.
     settings: how.
     heldout: batches of held-out tokens, x [G, B, T, D].
@@ -116,6 +119,7 @@ class Distillation:
     spec: BlockSpec,
     config: ModelConfig,
     parents: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    mesh: Mesh,
     *,
     jobs: tuple[Job, ...],
     settings: BLDConfig,
@@ -126,17 +130,19 @@ class Distillation:
     self.spec, self._config, self._settings, self._jobs = spec, config, settings, jobs
     self._heldout = heldout
     self._layers = len(parents)
-    self._parent = jax.tree.map(jnp.asarray, _stack([_fp32(p) for p in parents]))
+    self._mesh = mesh
+    self._parent = place_layers(mesh, _stack([_fp32(p) for p in parents]))
     scales = [
       targets.scale_of(spec, config, jax.tree.map(lambda w, g=g: w[g], self._parent), (b.layer(g) for b in heldout()))
       for g in range(self._layers)
     ]
-    self._scale = (jnp.array([s.median for s in scales]), jnp.array([s.mean for s in scales]))
+    median, mean = (np.array([getattr(s, name) for s in scales], np.float32) for name in ("median", "mean"))
+    self._scale = place_layers(mesh, (median, mean))
     self._at = self._start(_stack([_plain(layer) for layer in first])) if state is None else self._restored(state)
     self.waited_s = self.trained_s = 0.0
 
   def _start(self, first: JobWeights) -> dict[str, _Progress]:
-    losses = self._evaluate(self._jobs, first)
+    losses = self._evaluate(self._jobs, place_layers(self._mesh, first))
     none = np.zeros((0, self._layers), np.float32)
     return {job.name: _Progress(first[job.name], first[job.name], losses[job.name], none) for job in self._jobs}
 
@@ -148,12 +154,12 @@ class Distillation:
 
   def _evaluate(self, jobs: tuple[Job, ...], weights: JobWeights) -> dict[str, dict[str, np.ndarray]]:
     """Mean of both losses over the held-out batches, [G] each, by job."""
-    weights = jax.tree.map(jnp.asarray, {j.name: weights[j.name] for j in jobs})
+    weights = {j.name: weights[j.name] for j in jobs}
     found = [
       bld.evaluate_batch(self.spec, jobs, self._config, self._parent, weights, batch, self._scale)
       for batch in self._heldout()
     ]
-    fetched = jax.device_get(found)
+    fetched = fetch(found)
     return jax.tree.map(lambda *values: np.mean(np.stack(values), axis=0, dtype=np.float64), *fetched)
 
   def train(self, group: tuple[Job, ...], batches: Iterator[Batch], step: "memory.Step") -> None:
@@ -166,9 +172,9 @@ class Distillation:
     """
     settings = self._settings
     kept = {j.name: self._at[j.name] for j in group}
-    trained = jax.tree.map(jnp.asarray, bld.split({name: k.weights for name, k in kept.items()}))
-    states = {n: jax.tree.map(jnp.asarray, k.state) for n, k in kept.items() if n in trained and k.state is not None}
-    states = states or bld.init_states(settings, trained)
+    trained = place_layers(self._mesh, bld.split({name: k.weights for name, k in kept.items()}))
+    states = {name: k.state for name, k in kept.items() if k.state is not None}
+    states = place_layers(self._mesh, states or fetch(bld.init_states(settings, trained)))
     curve: list[dict[str, jax.Array]] = []
     without_gain, begin = 0, time.perf_counter()
     while True:
@@ -187,10 +193,11 @@ class Distillation:
     jax.block_until_ready(trained)
     self.trained_s += time.perf_counter() - begin
     self._keep_best(group, trained)
-    for name, weights in jax.device_get(self._whole(trained)).items():
+    fetched = fetch(curve)
+    for name, weights in fetch(self._whole(trained)).items():
       k = kept[name]
-      k.weights, k.state = weights, jax.device_get(states[name])
-      k.curve = np.concatenate([k.curve, np.array([losses[name] for losses in curve]).reshape(-1, self._layers)])
+      k.weights, k.state = weights, fetch(states[name])
+      k.curve = np.concatenate([k.curve, np.array([losses[name] for losses in fetched]).reshape(-1, self._layers)])
 
   def _whole(self, trained: JobWeights) -> JobWeights:
     return {name: bld.with_norms(weights, self._parent) for name, weights in trained.items()}
@@ -201,7 +208,7 @@ class Distillation:
     for name, losses in self._evaluate(group, whole).items():
       k, loss = self._at[name], losses[self._settings.loss]
       if k.best_losses is None:
-        k.best, k.best_losses = jax.device_get(whole[name]), losses
+        k.best, k.best_losses = fetch(whole[name]), losses
         gained = True
         continue
       old = k.best_losses[self._settings.loss]
@@ -212,7 +219,7 @@ class Distillation:
         def chosen(new: np.ndarray, old: np.ndarray, better: np.ndarray = better) -> np.ndarray:
           return np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-        k.best = jax.tree.map(chosen, jax.device_get(whole[name]), k.best)
+        k.best = jax.tree.map(chosen, fetch(whole[name]), k.best)
         k.best_losses = {kind: chosen(losses[kind], k.best_losses[kind]) for kind in LOSSES}
     return gained
 

@@ -1,8 +1,9 @@
 """What a step of blockwise distillation takes on the device, and how variants are grouped to fit (paper section 3)."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -137,13 +138,21 @@ class Step:
   def __init__(self, spec: BlockSpec, jobs: tuple[Job, ...], config: ModelConfig, settings: BLDConfig):
     self.jobs = jobs
     self._static = (spec, jobs, config, settings)
-    self._compiled: Callable[..., Any] | None = None
+    self._compiled: Any = None
     self.compiled_bytes: int | None = None
+
+  @property
+  def hlo(self) -> str:
+    """The compiled program's text, once it was called."""
+    return self._compiled.as_text()
 
   def __call__(self, parent: Any, trained: Any, states: Any, batch: Any, scale: Any) -> Any:
     """See `bld.train_step`."""
     if self._compiled is None:
-      self._compiled = bld.train_step.lower(*self._static, parent, trained, states, batch, scale).compile()
+      step = functools.partial(bld.train_step, *self._static)
+      shardings = jax.tree.map(lambda x: x.sharding, (trained, states, {job.name: scale[0] for job in self.jobs}))
+      jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings)
+      self._compiled = jitted.lower(parent, trained, states, batch, scale).compile()
       if (found := self._compiled.memory_analysis()) is not None:
         kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         self.compiled_bytes = int(kept + found.temp_size_in_bytes)

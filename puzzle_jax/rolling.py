@@ -5,11 +5,13 @@ what it reads itself; then that is dropped. Turns that were finished before are 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from puzzle_jax import memory, windows
 from puzzle_jax.data import PackedText
@@ -24,7 +26,7 @@ class ActivationsConfig:
   """Of the parent's activations.
 
   Attributes:
-    batch_rows: rows of a forward pass, and of a shard.
+    batch_rows: rows of a forward pass over held-out tokens.
     dtype: of what is stored for training: float32, bfloat16, or float8 with a scale a token.
     attention: for training, "exact" keeps the documents of a row apart; "fast" does not, as flash attention needs it.
     window_tokens: training tokens that are stored at once; 0: all.
@@ -65,11 +67,22 @@ class Turn:
   statistics: list[dict[str, np.ndarray]]
 
 
-def cut(packed: PackedText, window_tokens: int) -> list[PackedText]:
-  """The windows of a training set; 0 tokens: one."""
-  rows = packed.num_rows
-  each = max(1, min(rows, window_tokens // packed.tokens.shape[1])) if window_tokens else rows
-  return [packed.rows(slice(i, i + each)) for i in range(0, rows, each)]
+def cut(packed: PackedText, window_tokens: int, batch_rows: int) -> list[PackedText]:
+  """The windows of a training set, each of whole batches; 0 tokens: one.
+
+  Raises:
+    PuzzleError: there are not as many rows as a batch has.
+  """
+  count = packed.num_rows // batch_rows
+  if not count:
+    raise PuzzleError(
+      f"bld.batch_rows={batch_rows} is more than the {packed.num_rows} rows of data.train_tokens; lower it, or ask for "
+      "more tokens"
+    )
+  batch_tokens = batch_rows * packed.tokens.shape[1]
+  each = max(1, window_tokens // batch_tokens) if window_tokens else count
+  stops = [*range(0, count, each), count]
+  return [packed.rows(slice(a * batch_rows, b * batch_rows)) for a, b in itertools.pairwise(stops)]
 
 
 def turns(
@@ -77,7 +90,9 @@ def turns(
   groups: Sequence[range],
   parts: Sequence[PackedText],
   config: ActivationsConfig,
+  mesh: Mesh,
   *,
+  rows: int,
   dtype: str,
   folder: str,
   key: str,
@@ -91,6 +106,8 @@ def turns(
     groups: of layers.
     parts: the windows' rows.
     config: how they are stored.
+    mesh: the devices.
+    rows: of a training batch, which is what is stored and read at once.
     dtype: of the matrix products of the parent's forward pass.
     folder: of the disk tier.
     key: of what the activations are made of; those of another key on the disk are forgotten.
@@ -108,10 +125,10 @@ def turns(
     if not todo:
       continue
     shape = windows.Shape(
-      rows=packed.num_rows,
+      shards=packed.num_rows // rows,
+      rows=rows,
       tokens=packed.tokens.shape[1],
       width=architecture.config.hidden_size,
-      shard_rows=min(config.batch_rows, packed.num_rows),
       dtype=config.dtype,
     )
     size = shape.size * (1 + max(map(len, groups)))
@@ -121,7 +138,8 @@ def turns(
     window = Window(
       architecture.config,
       packed,
-      tier=windows.open_tier(tier, shape, folder=folder, key=f"{key} {index} {shape} {config.attention} {dtype}"),
+      mesh,
+      tier=windows.open_tier(tier, shape, mesh, folder=folder, key=f"{key} {index} {shape} {config.attention} {dtype}"),
       shape=shape,
       attention=config.attention,
       dtype=dtype,

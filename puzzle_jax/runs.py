@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax import data, space
+from jax.sharding import Mesh
+
+from puzzle_jax import data, mesh, space
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.errors import PuzzleError
@@ -32,6 +34,11 @@ class Run:
 
   def store(self, stage: str) -> StageStore:
     return self.workdir.stage(stage)
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """The devices that the run uses."""
+    return mesh.build(self.config.mesh)
 
   @functools.cached_property
   def parent(self) -> Parent:

@@ -92,6 +92,7 @@ def make_activations(run: Run, store: StageStore) -> None:
     store,
     run.parent,
     {"heldout": run.packed("heldout")} | ({"task": run.task.packed} if run.task else {}),
+    run.mesh,
     batch_rows=run.config.activations.batch_rows,
     progress=run.progress,
   )

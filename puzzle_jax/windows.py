@@ -26,11 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from puzzle_jax.activations import Batch, forward, real, to_context
+from puzzle_jax.activations import Batch, Where, forward, where_of
 from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.mesh import fetch, from_local_rows, local_rows, place, rows_of_layers
 from puzzle_jax.store import CorruptFileError
 
 TIERS = ("auto", "device", "host", "disk")
@@ -58,9 +61,9 @@ def decode(stored: Stored) -> jax.Array:
 
 
 class Tier(Protocol):
-  """Where layers' inputs lie, in shards of rows that are written whole."""
+  """Where layers' inputs lie, in shards of rows that are written and read whole."""
 
-  def read(self, layer: int, rows: slice) -> Stored: ...
+  def read(self, layer: int, shard: int) -> Stored: ...
 
   def write(self, layer: int, shard: int, stored: Stored) -> None: ...
 
@@ -77,26 +80,22 @@ class Tier(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Of one layer's input: rows, tokens a row, width, rows a shard and how it is stored."""
+  """Of one layer's input: shards, rows a shard (those of a training batch), tokens a row, width, how it is stored."""
 
+  shards: int
   rows: int
   tokens: int
   width: int
-  shard_rows: int
   dtype: str
 
   @property
   def size(self) -> int:
     """Bytes."""
-    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
-
-  @property
-  def shards(self) -> list[slice]:
-    return [slice(i, min(i + self.shard_rows, self.rows)) for i in range(0, self.rows, self.shard_rows)]
+    return self.shards * sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arrays.values())
 
   @property
   def arrays(self) -> dict[str, tuple[tuple[int, int, int], Any]]:
-    """Shape and dtype of each stored array."""
+    """Shape and dtype of each array of a shard."""
     stored: Any = {"float8": _FP8}.get(self.dtype, self.dtype)
     arrays: dict[str, tuple[tuple[int, int, int], Any]] = {
       "x": ((self.rows, self.tokens, self.width), jnp.dtype(stored))
@@ -106,75 +105,42 @@ class Shape:
     return arrays
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def _slice(whole: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(whole, start, rows, axis=0)
-
-
 class DeviceTier:
-  """In the accelerator's memory."""
+  """In the accelerators' memory."""
 
   def __init__(self, shape: Shape):
     self._shape = shape
-    self._layers: dict[int, dict[str, jax.Array]] = {}
-    self._written: dict[int, set[int]] = collections.defaultdict(set)
+    self._layers: dict[int, dict[int, Stored]] = collections.defaultdict(dict)
 
-  def read(self, layer: int, rows: slice) -> Stored:
-    count = len(range(*rows.indices(self._shape.rows)))
-    return {k: _slice(a, rows.start, count) for k, a in self._layers[layer].items()}
+  def read(self, layer: int, shard: int) -> Stored:
+    return self._layers[layer][shard]
 
   def write(self, layer: int, shard: int, stored: Stored) -> None:
-    if layer not in self._layers:
-      self._layers[layer] = {k: jnp.zeros(s, d) for k, (s, d) in self._shape.arrays.items()}
-    whole, start = self._layers[layer], self._shape.shards[shard].start
-    self._layers[layer] = {k: _place(whole[k], stored[k], start) for k in whole}
-    self._written[layer].add(shard)
+    self._layers[layer][shard] = stored
 
   def has(self, layer: int) -> bool:
-    return len(self._written[layer]) == len(self._shape.shards)
+    return len(self._layers[layer]) == self._shape.shards
 
   def drop(self, layer: int) -> None:
     self._layers.pop(layer, None)
-    self._written.pop(layer, None)
 
   def clear(self) -> None:
     self._layers.clear()
-    self._written.clear()
 
 
-class HostTier:
-  """In the machine's memory."""
+class HostTier(DeviceTier):
+  """In the machine's memory: of each process, the rows of its devices."""
 
-  def __init__(self, shape: Shape):
-    self._shape = shape
-    self._layers: dict[int, dict[str, np.ndarray]] = {}
-    self._written: dict[int, set[int]] = collections.defaultdict(set)
+  def __init__(self, shape: Shape, mesh: Mesh):
+    super().__init__(shape)
+    self._mesh = mesh
 
-  def read(self, layer: int, rows: slice) -> Stored:
-    return {k: a[rows] for k, a in self._layers[layer].items()}
+  def read(self, layer: int, shard: int) -> Stored:
+    local = super().read(layer, shard)
+    return {k: from_local_rows(self._mesh, a, self._shape.rows) for k, a in local.items()}
 
   def write(self, layer: int, shard: int, stored: Stored) -> None:
-    if layer not in self._layers:
-      self._layers[layer] = {k: np.empty(s, d) for k, (s, d) in self._shape.arrays.items()}
-    for k, array in self._layers[layer].items():
-      array[self._shape.shards[shard]] = stored[k]
-    self._written[layer].add(shard)
-
-  def has(self, layer: int) -> bool:
-    return len(self._written[layer]) == len(self._shape.shards)
-
-  def drop(self, layer: int) -> None:
-    self._layers.pop(layer, None)
-    self._written.pop(layer, None)
-
-  def clear(self) -> None:
-    self._layers.clear()
-    self._written.clear()
+    super().write(layer, shard, {k: local_rows(a) for k, a in stored.items()})
 
 
 class DiskTier:
@@ -183,74 +149,63 @@ class DiskTier:
   `index.json` names the shards that are whole with their SHA-256: what is not in it does not exist.
 
   Args:
-    url: of the folder.
+    url: of the folder of this process.
     shape: of a layer's input.
+    mesh: whose rows of this process are stored.
     key: what the window was made of; an index of another key is forgotten.
   """
 
-  def __init__(self, url: str, shape: Shape, key: str):
-    self._url, self._shape, self._key = url.rstrip("/") + "/", shape, key
+  def __init__(self, url: str, shape: Shape, mesh: Mesh, key: str):
+    self._url, self._shape, self._mesh, self._key = url.rstrip("/") + "/", shape, mesh, key
+    self._context = tensorstore.Context()
     try:
-      self._kv = tensorstore.KvStore.open(self._url).result()
+      self._kv = tensorstore.KvStore.open(self._url, context=self._context).result()
       found = self._kv.read("index.json").result()
     except (ValueError, NotImplementedError) as e:
       raise PuzzleError(f"activations.location={url!r} cannot be opened ({e}); give a path, gs://… or s3://…") from e
     index = json.loads(found.value) if found.state == "value" else {}
     self._index: dict[str, dict[str, str]] = index["layers"] if index.get("key") == key else {}
     if index.get("key") != key:
-      self._kv.delete_range(tensorstore.KvStore.KeyRange()).result()
-    self._open: dict[tuple[int, str], Any] = {}
+      self.clear()
 
   def _save(self) -> None:
     self._kv.write("index.json", json.dumps({"key": self._key, "layers": self._index})).result()
 
-  def _array(self, layer: int, name: str) -> Any:
-    if (layer, name) not in self._open:
-      size, dtype = self._shape.arrays[name]
-      chunk = [self._shape.shard_rows, *size[1:]]
-      spec = {
-        "driver": "zarr3",
-        "kvstore": f"{self._url}layer_{layer:02d}/{name}/",
-        "metadata": {
-          "shape": list(size),
-          "data_type": dtype.name,
-          "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        },
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-      }
-      self._open[layer, name] = tensorstore.open(spec, open=True, create=True).result()
-    return self._open[layer, name]
+  def _array(self, layer: int, shard: int, name: str, local: np.ndarray | None = None) -> Any:
+    """A shard's array; with `local` one to write that to."""
+    spec: dict[str, Any] = {
+      "driver": "zarr3",
+      "kvstore": f"{self._url}layer_{layer:02d}/{shard}/{name}/",
+      "store_data_equal_to_fill_value": True,
+      "fill_missing_data_reads": False,
+    }
+    if local is None:
+      return tensorstore.open(spec, open=True, context=self._context).result()
+    spec["metadata"] = {"shape": list(local.shape), "data_type": local.dtype.name}
+    return tensorstore.open(spec, create=True, delete_existing=True, context=self._context).result()
 
-  def read(self, layer: int, rows: slice) -> Stored:
-    """Whole shards are read and checked, then cut."""
-    first = rows.start // self._shape.shard_rows
-    last = (min(rows.stop, self._shape.rows) - 1) // self._shape.shard_rows
-    parts = [self._shard(layer, shard) for shard in range(first, last + 1)]
-    offset = first * self._shape.shard_rows
-    return {k: np.concatenate([p[k] for p in parts])[rows.start - offset : rows.stop - offset] for k in parts[0]}
-
-  def _shard(self, layer: int, shard: int) -> Stored:
+  def read(self, layer: int, shard: int) -> Stored:
+    """Raises CorruptFileError for a shard that is not what was written."""
     try:
-      found = {k: self._array(layer, k)[self._shape.shards[shard]].read().result() for k in self._shape.arrays}
+      found = {k: self._array(layer, shard, k).read().result() for k in self._shape.arrays}
       broken = "" if _digest(found) == self._index[str(layer)][str(shard)] else "checksum"
     except ValueError as e:
       broken = str(e)
     if broken:
-      self._index.pop(str(layer))
+      self._index.pop(str(layer), None)
       self._save()
       raise CorruptFileError(
         f"{self._url}layer_{layer:02d}: shard {shard} is missing or corrupt ({broken}); start again: it will be made "
         "anew"
       )
-    return found
+    return {k: from_local_rows(self._mesh, a, self._shape.rows) for k, a in found.items()}
 
   def write(self, layer: int, shard: int, stored: Stored) -> None:
     """Raises PuzzleError where there is no space left."""
-    arrays = {k: np.asarray(v) for k, v in stored.items()}
+    arrays = {k: local_rows(v) for k, v in stored.items()}
     try:
       for k, array in arrays.items():
-        self._array(layer, k)[self._shape.shards[shard]].write(array).result()
+        self._array(layer, shard, k, array).write(array).result()
       self._index.setdefault(str(layer), {})[str(shard)] = _digest(arrays)
       self._save()
     except ValueError as e:
@@ -262,27 +217,25 @@ class DiskTier:
       ) from e
 
   def has(self, layer: int) -> bool:
-    return len(self._index.get(str(layer), ())) == len(self._shape.shards)
+    return len(self._index.get(str(layer), ())) == self._shape.shards
 
   def drop(self, layer: int) -> None:
     if self._index.pop(str(layer), None) is not None:
       self._save()
-    for key in [k for k in self._open if k[0] == layer]:
-      del self._open[key]
     prefix = f"layer_{layer:02d}/"
     self._kv.delete_range(tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
 
   def clear(self) -> None:
-    self._index, self._open = {}, {}
+    self._index = {}
     self._kv.delete_range(tensorstore.KvStore.KeyRange()).result()
 
 
-def open_tier(tier: str, shape: Shape, *, folder: str, key: str) -> Tier:
+def open_tier(tier: str, shape: Shape, mesh: Mesh, *, folder: str, key: str) -> Tier:
   """One of `TIERS`; folder and key are those of the disk's."""
   if tier == "disk":
     url = folder if "://" in folder else f"file://{os.path.abspath(folder)}"
-    return DiskTier(f"{url.rstrip('/')}/window", shape, key)
-  return DeviceTier(shape) if tier == "device" else HostTier(shape)
+    return DiskTier(f"{url.rstrip('/')}/window/process_{jax.process_index()}", shape, mesh, key)
+  return DeviceTier(shape) if tier == "device" else HostTier(shape, mesh)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -304,17 +257,22 @@ def ahead(load: Callable[[Any], _T], items: Sequence[Any], *, depth: int = 2) ->
       yield waiting.popleft().result()
 
 
-@jax.jit
-def _decode_group(stored: list[Stored]) -> jax.Array:
-  return jnp.stack([decode(s) for s in stored])
+@functools.partial(jax.jit, static_argnames=("dtype", "sharding"))
+def _encode(x_BTD: jax.Array, dtype: str, sharding: NamedSharding) -> Stored:
+  return jax.lax.with_sharding_constraint(encode(x_BTD, dtype), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "config", "dtype"))
+@functools.partial(jax.jit, static_argnames="sharding")
+def _decode_group(stored: list[Stored], sharding: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jnp.stack([decode(s) for s in stored]), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "config", "dtype", "sharding"))
 def _advance(
-  spec: BlockSpec, config: ModelConfig, params: Any, stored: Stored, context: Any, real_BT: jax.Array, dtype: str
+  spec: BlockSpec, config: ModelConfig, params: Any, stored: Stored, where: Where, dtype: str, sharding: NamedSharding
 ) -> tuple[Stored, dict[str, jax.Array]]:
-  x, sums = forward(spec, config, params, Batch(decode(stored), context, real_BT))
-  return encode(x, dtype), sums
+  x, sums = forward(spec, config, params, Batch(decode(stored), *where))
+  return jax.lax.with_sharding_constraint(encode(x, dtype), sharding), sums
 
 
 class Window:
@@ -322,7 +280,8 @@ class Window:
 
   Args:
     config: of the model.
-    packed: the rows of the window.
+    packed: the rows of the window; those that fill no shard are left out.
+    mesh: the devices.
     tier: where they lie.
     shape: of a layer's input there.
     attention: "exact" keeps documents of a row apart by a mask; "fast" lets a row be one document, as flash attention
@@ -330,18 +289,24 @@ class Window:
     dtype: of the matrix products of the parent's forward pass.
   """
 
-  def __init__(self, config: ModelConfig, packed: PackedText, *, tier: Tier, shape: Shape, attention: str, dtype: str):
-    self.shape, self.packed, self._config, self._tier = shape, packed, config, tier
+  def __init__(
+    self, config: ModelConfig, packed: PackedText, mesh: Mesh, *, tier: Tier, shape: Shape, attention: str, dtype: str
+  ):
+    self.shape, self._packed, self._mesh, self._config, self._tier = shape, packed, mesh, config, tier
     self._fast, self._dtype = attention == "fast", dtype
 
-  def _where(self, rows: slice) -> tuple[Any, jax.Array]:
-    return to_context(self._config, self.packed, rows, one_document=self._fast), real(self.packed, rows)
+  def _rows(self, shard: int) -> slice:
+    return slice(shard * self.shape.rows, (shard + 1) * self.shape.rows)
+
+  def _where(self, shard: int) -> Where:
+    return where_of(self._config, self._packed.rows(self._rows(shard)), self._mesh, one_document=self._fast)
 
   def start(self, embed_VD: np.ndarray) -> None:
     """Makes the input of layer 0."""
-    for i, rows in enumerate(self.shape.shards):
-      x = jnp.asarray(embed_VD[self.packed.tokens[rows]], jnp.float32)
-      self._tier.write(0, i, encode(x, self.shape.dtype))
+    rows = NamedSharding(self._mesh, P("data"))
+    for i in range(self.shape.shards):
+      x = place(self._mesh, np.asarray(embed_VD[self._packed.tokens[self._rows(i)]], np.float32), P("data"))
+      self._tier.write(0, i, _encode(x, self.shape.dtype, rows))
 
   def latest(self, layer: int) -> int | None:
     """The last layer up to `layer` whose input is there."""
@@ -359,24 +324,25 @@ class Window:
       By slot, [E]: the mean magnitude of what the subblock's last matrix multiplies (for channel contribution).
     """
     sums: Any = None
-    for i, stored in enumerate(ahead(lambda rows: self._tier.read(layer, rows), self.shape.shards)):
-      context, real_BT = self._where(self.shape.shards[i])
-      out, added = _advance(
-        spec, self._config, params, stored, context.replace(dtype=jnp.dtype(self._dtype)), real_BT, self.shape.dtype
-      )
+    shards, sharding = range(self.shape.shards), NamedSharding(self._mesh, P("data"))
+    for i, stored in enumerate(ahead(lambda shard: self._tier.read(layer, shard), shards)):
+      context, real_BT = self._where(i)
+      context = dataclasses.replace(context, dtype=jnp.dtype(self._dtype))
+      out, added = _advance(spec, self._config, params, stored, (context, real_BT), self.shape.dtype, sharding)
       self._tier.write(layer + 1, i, out)
       sums = added if sums is None else jax.tree.map(jnp.add, sums, added)
-    tokens = float(np.sum(self.packed.segment_ids > 0))
-    return {slot: np.asarray(s) / tokens for slot, s in sums.items()}
+    used = self._packed.segment_ids[: self.shape.shards * self.shape.rows]
+    return {slot: s / float(np.sum(used > 0)) for slot, s in fetch(sums).items()}
 
-  def batches(self, layers: Sequence[int], rows: Sequence[slice]) -> Iterator[Batch]:
-    """Batches of the inputs of some layers, x [G, B, T, D], read ahead of the one in use."""
+  def batches(self, layers: Sequence[int], shards: Sequence[int]) -> Iterator[Batch]:
+    """Shards of the inputs of some layers, x [G, B, T, D], read ahead of the one in use."""
+    sharding = NamedSharding(self._mesh, rows_of_layers(self._mesh, len(layers), self.shape.rows))
 
-    def load(part: slice) -> Batch:
-      x_GBTD = _decode_group([jax.tree.map(jnp.asarray, self._tier.read(layer, part)) for layer in layers])
-      return Batch(x_GBTD, *self._where(part))
+    def load(shard: int) -> Batch:
+      x_GBTD = _decode_group([self._tier.read(layer, shard) for layer in layers], sharding)
+      return Batch(x_GBTD, *self._where(shard))
 
-    return ahead(load, rows)
+    return ahead(load, shards)
 
   def drop(self, layer: int) -> None:
     """Forgets the input of a layer that is distilled."""

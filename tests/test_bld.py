@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from puzzle_jax import activations, arch, bld, distil, memory, surgery
+from puzzle_jax import activations, arch, bld, distil, memory, mesh, surgery
 from puzzle_jax.bld import BLDConfig
 from puzzle_jax.build_library import order
 from puzzle_jax.data import PackedText
 from puzzle_jax.distil import Distillation, Distilled
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.library import Library
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.store import StageStore
@@ -23,6 +24,7 @@ SPACE = LayerSpace(
   (arch.GQA(2), arch.GQA(1), arch.LinearAttention(), arch.NoAttention()),
   (arch.SwiGLU(32), arch.SwiGLU(8), arch.LinearFFN(), arch.NoFFN()),
 )
+ONE_DEVICE = mesh.build(MeshConfig())
 QUICK = BLDConfig(least_squares=False, steps=0)
 TRAINING = BLDConfig(steps=40, learning_rate=3e-3, warmup_steps=4)
 
@@ -37,7 +39,7 @@ class Layer:
   x: dict[str, np.ndarray]
 
   def batches(self, x: np.ndarray, *, rows: int = 16) -> list[activations.Batch]:
-    return list(activations.batches(self.config, self.packed, [x], batch_rows=rows))
+    return list(activations.batches(self.config, self.packed, [x], ONE_DEVICE, batch_rows=rows))
 
   def distil(
     self,
@@ -67,18 +69,19 @@ class Layer:
         heldout=lambda one=one: one["heldout"],
       )
       first.append({job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs})
-    heldout = list(activations.batches(self.config, self.packed, inputs["heldout"], batch_rows=rows))
-    train = list(activations.batches(self.config, self.packed, inputs["train"], batch_rows=16))
+    heldout = list(activations.batches(self.config, self.packed, inputs["heldout"], ONE_DEVICE, batch_rows=rows))
+    train = list(activations.batches(self.config, self.packed, inputs["train"], ONE_DEVICE, batch_rows=16))
     distillation = Distillation(
       space.parent,
       self.config,
       [self.weights] * layers,
+      ONE_DEVICE,
       jobs=jobs,
       settings=settings,
       heldout=lambda: heldout,
       first=first,
     )
-    chosen = [train[rows.start // 16] for rows in order(64, 16, steps=settings.steps, seed=(0, 3))]
+    chosen = [train[i] for i in order(4, steps=settings.steps, seed=(0, 3))]
     for g in range(groups):
       group = distillation.trainable[g::groups]
       distillation.train(group, iter(chosen), memory.Step(space.parent, group, self.config, settings))
@@ -128,7 +131,7 @@ def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path
   )
   store = StageStore(tmp_path)
   store.begin({})
-  activations.write(store, parent, {"heldout": packed}, batch_rows=4, progress=quiet)
+  activations.write(store, parent, {"heldout": packed}, ONE_DEVICE, batch_rows=4, progress=quiet)
   out = jax.jit(decoder.apply, static_argnums=0)(
     architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids
   ).layers_LBTD
@@ -138,7 +141,7 @@ def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path
   content, seen = store.content(), []
   parent.layer = lambda i: seen.append(i) or params["layers"][i]
   store.remove(activations.layer_file("heldout", 2))
-  activations.write(store, parent, {"heldout": packed}, batch_rows=4, progress=quiet)
+  activations.write(store, parent, {"heldout": packed}, ONE_DEVICE, batch_rows=4, progress=quiet)
   assert (store.content(), seen) == (content, [1])  # goes on where something is missing
 
 
@@ -188,6 +191,7 @@ def test_a_coupled_pair_does_better_than_its_parts_together(layer, trained):
     SPACE.parent,
     layer.config,
     [layer.weights],
+    ONE_DEVICE,
     jobs=jobs,
     settings=QUICK,
     heldout=lambda: layer.batches(layer.x["heldout"]),
@@ -215,7 +219,7 @@ def test_goes_on_in_a_second_window_as_if_it_were_one(layer, trained):
   arguments: Any = {"jobs": jobs, "settings": dataclasses.replace(TRAINING, steps=8), "heldout": lambda: heldout}
 
   def begin(**kwargs: Any) -> Distillation:
-    return Distillation(SPACE.parent, layer.config, [layer.weights], **arguments, **kwargs)
+    return Distillation(SPACE.parent, layer.config, [layer.weights], ONE_DEVICE, **arguments, **kwargs)
 
   def run(distillation: Distillation, batches: list[activations.Batch]) -> None:
     group = distillation.trainable

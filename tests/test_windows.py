@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax import rolling, windows
+from puzzle_jax import mesh, rolling, windows
 from puzzle_jax.arch import Architecture
 from puzzle_jax.build_library import layer_groups, order
 from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.rolling import ActivationsConfig
-from puzzle_jax.space import LayerSpace
 from puzzle_jax.store import CorruptFileError
 from puzzle_jax.windows import DiskTier, Shape, Window
 
-SHAPE = Shape(rows=8, tokens=24, width=32, shard_rows=3, dtype="float32")
+SHAPE = Shape(shards=2, rows=4, tokens=24, width=32, dtype="float32")
+ONE_DEVICE = mesh.build(mesh.MeshConfig())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Parent:
   packed: PackedText
 
   def window(self, tier: windows.Tier, shape: Shape = SHAPE, attention: str = "exact") -> Window:
-    return Window(self.architecture.config, self.packed, tier=tier, shape=shape, attention=attention, dtype="float32")
+    return Window(
+      self.architecture.config, self.packed, ONE_DEVICE, tier=tier, shape=shape, attention=attention, dtype="float32"
+    )
 
   def rolled(self, window: Window, to: int) -> dict[str, np.ndarray]:
     """Statistics of the last layer that the window was taken through."""
@@ -51,12 +53,11 @@ def parent(model, packed) -> Parent:
 
 @pytest.fixture
 def tier(request, tmp_path) -> windows.Tier:
-  return windows.open_tier(request.param, SHAPE, folder=str(tmp_path), key="a")
+  return windows.open_tier(request.param, SHAPE, ONE_DEVICE, folder=str(tmp_path), key="a")
 
 
-def read(window: Window, layer: int, rows: slice = slice(0, 8)) -> np.ndarray:
-  (batch,) = window.batches([layer], [rows])
-  return np.asarray(batch.x[0])
+def read(window: Window, layer: int) -> np.ndarray:
+  return np.concatenate([batch.x[0] for batch in window.batches([layer], range(SHAPE.shards))])
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"], indirect=True)
@@ -66,9 +67,8 @@ def test_every_tier_holds_what_the_parent_computes(parent, tier):
   expected = parent.layer_inputs(positions_BT=parent.packed.positions, segments_BT=parent.packed.segment_ids)
   for layer in range(4):
     np.testing.assert_allclose(read(window, layer), expected[layer], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(read(window, layer, slice(2, 7)), read(window, layer)[2:7])
-  pair = next(iter(window.batches([1, 2], [slice(4, 8)])))
-  np.testing.assert_array_equal(pair.x, np.stack([read(window, i, slice(4, 8)) for i in (1, 2)]))
+  (pair,) = window.batches([1, 2], [1])
+  np.testing.assert_array_equal(pair.x, np.stack([read(window, i)[4:] for i in (1, 2)]))
   np.testing.assert_array_equal(pair.real_BT, parent.packed.segment_ids[4:8] > 0)
   x = expected[2][parent.packed.segment_ids > 0]
   scale = np.asarray(parent.params["layers"][2]["ffn"]["norm"])
@@ -81,7 +81,7 @@ def test_every_tier_holds_what_the_parent_computes(parent, tier):
 
 
 def test_fast_attention_lets_a_row_be_one_document(parent, tmp_path):
-  window = parent.window(windows.HostTier(SHAPE), attention="fast")
+  window = parent.window(windows.HostTier(SHAPE, ONE_DEVICE), attention="fast")
   parent.rolled(window, 2)
   np.testing.assert_allclose(read(window, 2), parent.layer_inputs()[2], rtol=1e-5, atol=1e-5)
 
@@ -91,10 +91,10 @@ def test_rounded_storage(dtype, error):
   """float8 keeps three bits of each value down to a 2^15th of its token's largest, however large that is."""
   x = np.random.default_rng(0).standard_normal((2, 24, 32)).astype(np.float32)
   x[0, 0] *= 24_116
-  shape = dataclasses.replace(SHAPE, rows=2, dtype=dtype)
-  for tier in (windows.HostTier(shape), windows.DeviceTier(shape)):
+  shape = dataclasses.replace(SHAPE, shards=1, rows=2, dtype=dtype)
+  for tier in (windows.HostTier(shape, ONE_DEVICE), windows.DeviceTier(shape)):
     tier.write(0, 0, windows.encode(jnp.asarray(x), dtype))
-    found = windows.decode(jax.tree.map(jnp.asarray, tier.read(0, slice(0, 2))))
+    found = windows.decode(tier.read(0, 0))
     largest = np.abs(x).max(axis=-1, keepdims=True)
     np.testing.assert_array_less(np.abs(found - x), error * np.abs(x) + largest * 2.0**-15)
   assert shape.size == 2 * 24 * (32 * (2 if dtype == "bfloat16" else 1) + (4 if dtype == "float8" else 0))
@@ -104,7 +104,7 @@ def test_rounded_storage(dtype, error):
 
 
 def disk(folder: Path, key: str = "a") -> DiskTier:
-  tier = windows.open_tier("disk", SHAPE, folder=str(folder), key=key)
+  tier = windows.open_tier("disk", SHAPE, ONE_DEVICE, folder=str(folder), key=key)
   assert isinstance(tier, DiskTier)
   return tier
 
@@ -122,7 +122,8 @@ def test_a_killed_run_goes_on_from_the_disk(parent, tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
 def test_corrupt_shards_are_named_and_not_used(parent, tmp_path, damage):
   parent.rolled(parent.window(disk(tmp_path)), 2)
-  first, second = (tmp_path / "window" / "layer_02" / "x" / "c" / shard / "0" / "0" for shard in "01")
+  folder = tmp_path / "window" / "process_0" / "layer_02"
+  first, second = (folder / shard / "x" / "c" / "0" / "0" / "0" for shard in "01")
   if damage == "flip":
     data = bytearray(first.read_bytes())
     data[len(data) // 2] ^= 1
@@ -144,30 +145,30 @@ def test_corrupt_shards_are_named_and_not_used(parent, tmp_path, damage):
 
 def test_bucket_urls_go_the_same_way():
   """Another of tensorstore's stores in a bucket's place."""
-  tier = windows.open_tier("disk", SHAPE, folder="memory://bucket/run", key="a")
+  tier = windows.open_tier("disk", SHAPE, ONE_DEVICE, folder="memory://bucket/run", key="a")
   x = np.random.default_rng(0).standard_normal((8, 24, 32)).astype(np.float32)
-  for i, rows in enumerate(SHAPE.shards):
-    tier.write(5, i, {"x": x[rows]})
-  np.testing.assert_array_equal(tier.read(5, slice(2, 7))["x"], x[2:7])
+  for i in range(2):
+    tier.write(5, i, {"x": jnp.asarray(x[4 * i : 4 * i + 4])})
+  np.testing.assert_array_equal(tier.read(5, 1)["x"], x[4:])
   tier.clear()
   assert not tier.has(5)
-  with pytest.raises(PuzzleError, match=r"activations.location='nfs://x/window' cannot be opened"):
-    windows.open_tier("disk", SHAPE, folder="nfs://x", key="a")
+  with pytest.raises(PuzzleError, match=r"activations.location='nfs://x/window/process_0' cannot be opened"):
+    windows.open_tier("disk", SHAPE, ONE_DEVICE, folder="nfs://x", key="a")
 
 
 # The order of things
 
 
 def test_windows_groups_and_batches(packed):
-  assert [part.num_rows for part in rolling.cut(packed, 0)] == [8]
-  assert [part.num_rows for part in rolling.cut(packed, 3 * 24 + 5)] == [3, 3, 2]
-  assert [part.num_rows for part in rolling.cut(packed, 1)] == [1] * 8
-  a, b = (LayerSpace((attention,), ()) for attention in "ab")
-  assert layer_groups([a, a, a, b, a], at_most=2) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
-  rows = order(11, 3, steps=7, seed=(0,))
-  for epoch in (rows[:3], rows[3:6]):
-    assert sorted((r.start, r.stop) for r in epoch) == [(0, 3), (3, 6), (6, 9)]
-  assert len(rows) == 7
+  assert [part.num_rows for part in rolling.cut(packed, 0, 3)] == [6]  # two rows fill no batch
+  assert [part.num_rows for part in rolling.cut(packed, 5 * 24, 2)] == [4, 4]
+  assert [part.num_rows for part in rolling.cut(packed, 1, 2)] == [2] * 4
+  with pytest.raises(PuzzleError, match=r"bld\.batch_rows=9 is more than the 8 rows of data.train_tokens"):
+    rolling.cut(packed, 0, 9)
+  assert layer_groups("aaaba", at_most=2) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+  batches = order(3, steps=7, seed=(0,))
+  assert sorted(batches[:3]) == sorted(batches[3:6]) == [0, 1, 2]
+  assert len(batches) == 7
 
 
 def test_what_is_read_ahead_comes_in_order_and_errors_come_through():
