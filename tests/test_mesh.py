@@ -73,6 +73,7 @@ from puzzle_jax import memory
 from puzzle_jax.config import RunConfig
 
 parent, root, names, *meshes = sys.argv[1:]
+STAGES = ["data", "activations", "library", "scores"]
 COLLECTIVES = [f"{name}{kind}(" for name in names.split(",") for kind in ("", "-start")]
 programs = []
 call = memory.Step.__call__
@@ -87,10 +88,12 @@ for sizes in meshes:
   values.parent = parent
   values.data.train_tokens, values.bld.batch_rows, values.bld.layers, values.bld.steps = 1024, 8, 4, 3
   values.space.attention, values.space.ffn, values.activations.dtype = ("gqa", "linear"), (0.5,), "float32"
+  values.scores.batch_rows = 8
   values.mesh.data, values.mesh.model, values.mesh.layer = map(int, sizes.split(","))
   programs.clear()
-  run = puzzle_jax.run(values.to_dict(), Path(root) / sizes, stages=["data", "activations", "library"], quiet=True)
-  found[sizes] = {"losses": [run.library.losses(i) for i in range(4)], "collectives": programs[-1]}
+  run = puzzle_jax.run(values.to_dict(), Path(root) / sizes, stages=STAGES, quiet=True)
+  losses = [run.library.losses(i) for i in range(4)]
+  found[sizes] = {"losses": losses, "scores": run.scores, "collectives": programs[-1]}
 print(json.dumps(found))
 """
 
@@ -118,6 +121,16 @@ def test_the_library_is_that_of_one_device(found, sizes):
   for layer, expected in enumerate(found["1,1,1"]["losses"]):
     for name, losses in expected.items():
       assert found[sizes]["losses"][layer][name] == pytest.approx(losses, rel=1e-5, abs=1e-7), f"{layer} {name}"
+
+
+@pytest.mark.parametrize("sizes", ["8,1,1", "2,2,2", "1,2,4"])
+def test_the_scores_are_those_of_one_device(found, sizes):
+  for layer, expected in enumerate(found["1,1,1"]["scores"]):
+    for block, scores in expected.items():
+      for name, value in scores.items():
+        whole = 5.0 if name == "lm_loss" else value  # a difference of two losses near 5 nats
+        error = abs(found[sizes]["scores"][layer][block][name] - value)
+        assert error <= 1e-5 * abs(whole) + 1e-7, f"{layer} {block} {name}"
 
 
 def test_layers_side_by_side_exchange_nothing(found):
