@@ -100,13 +100,17 @@ def test_page_says_what_was_asked_and_found() -> None:
   assert speed >= 1.3
   interval = certainty.speedup(summary)
   assert interval is not None
-  assert f"between {interval.low:.2f} and {interval.high:.2f} (95 % interval) (prefill" in text
-  assert f"Measured, it meets “at least 1.3 times the parent's speed”: {speed:.3g}." in text
+  assert f"(95 % interval {interval.low:.2f} to {interval.high:.2f}; prefill " in text
+  assert f"Measured, it meets “at least 1.3 times the parent's speed”: {speed:.3g}" in text
   half = 2.13145 * 0.0121  # Student's t, 15 degrees of freedom
   assert f"between {0.2134 - half:#.3g} and {0.2134 + half:#.3g} (95 % interval over 16 rows of text)" in text
   low, high = (100 * 9.104 / 10.41 * math.exp(sign * 2.13145 * 0.012) for sign in (-1, 1))
   assert f"the next-token quality between {low:.1f} and {high:.1f} %" in text
   assert "These errors come from 4 rows of text, and are rough themselves." in text
+  for limit, certain in ((interval.low - 1e-3, True), (interval.low + 1e-3, False), (interval.high + 1e-3, True)):
+    summary["target"]["limits"]["min_speedup"] = limit
+    doubt = "lies within the measurement's interval, so this is not certain."
+    assert (doubt not in Page(render(summary)).text) == certain
   summary["target"]["limits"]["min_speedup"] = 50.0
   assert "Measured, it misses “at least 50 times the parent's speed”" in Page(render(summary)).text
   assert "target:   at least 50 times the parent's speed (MISSED: 1." in closing_table(summary)

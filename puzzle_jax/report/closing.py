@@ -107,8 +107,10 @@ _LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A limit of the search in words, and what was measured of the child; None: it was not timed, or is arithmetic."""
+  """A limit of the search, and what was measured of the child; None: it was not timed, or is arithmetic."""
 
+  name: str
+  limit: float
   words: str
   measured: float | None
   met: bool | None
@@ -135,7 +137,7 @@ def targets(summary: Summary) -> list[Target]:
   for name, limit in (lookup(summary, "target", "limits") or {}).items():
     value = timed.get(name)
     met = None if value is None else value >= limit if name.startswith("min") else value <= limit
-    found.append(Target(limit_words(name, limit), value, met))
+    found.append(Target(name, limit, limit_words(name, limit), value, met))
   return found
 
 
