@@ -38,6 +38,7 @@ setup(
     "dev": [
       "hypothesis>=6.100,<7",
       "mypy>=2.0,<3",
+      "playwright>=1.50,<2",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
       "ruff>=0.17,<0.18",

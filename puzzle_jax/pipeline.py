@@ -18,6 +18,7 @@ import jax
 
 from puzzle_jax import stages
 from puzzle_jax.config import RunConfig
+from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import Run, versions
 from puzzle_jax.store import CorruptFileError, StageStore, write_json
@@ -77,14 +78,21 @@ STAGES = (
   ),
   Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
   Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child")),
-  Stage("evaluation", stages.make_evaluation, ("evaluation", "costs"), ("data", "child", "gkd", "search", "coupled")),
+  Stage(
+    "evaluation",
+    stages.make_evaluation,
+    ("evaluation", "costs"),
+    ("data", "child", "gkd", "search", "coupled"),
+    version=2,
+  ),
   Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
   Stage(
     "report",
     stages.make_report,
-    ("name",),
+    tuple(f.name for f in dataclasses.fields(RunConfig) if f.name != "parent"),  # it shows the whole config
     ("costs", "library", "scores", "search", "coupled", "gkd", "evaluation"),
     times_too=True,
+    version=2,
   ),
 )
 
@@ -209,5 +217,6 @@ def _make(stage: Stage, run: Run, store: StageStore, reason: str) -> None:
   begin = time.perf_counter()
   store.begin(stage.key(run))
   stage.make(run, store)
-  store.finish({"versions": versions(), "timing": {"seconds": time.perf_counter() - begin}})
+  timing = {"seconds": time.perf_counter() - begin, "finished": time.strftime("%F %T")}
+  store.finish({"versions": versions(), "hardware": jax_timing.hardware(), "timing": timing})
   jax.clear_caches()  # compiled programs of one stage are of no use to the next, and take memory

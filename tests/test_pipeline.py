@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,9 @@ from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
 from puzzle_jax.refine import Children
-from puzzle_jax.report import closing_table
-from puzzle_jax.runs import Run
+from puzzle_jax.report import closing_table, render
+from puzzle_jax.report.summary import summarise
+from puzzle_jax.runs import Run, open_run
 from puzzle_jax.scoring import Scorer
 from puzzle_jax.search.table import Table
 from puzzle_jax.store import MANIFEST, Workdir, file_digest
@@ -126,6 +128,77 @@ def test_the_child_is_smaller_and_speaks(finished: Run) -> None:
   table = closing_table(finished.summary)
   assert f"{finished.child.architecture.num_params():,}" in table
   assert (finished.workdir.root / "report" / "report.html").stat().st_size > 1e6
+
+
+def test_the_evaluation_says_how_sure_it_is(finished: Run) -> None:
+  evaluation = finished.store("evaluation").get_json("evaluation.json")
+  for when in ("before_gkd", "after_gkd"):
+    found = evaluation[when]
+    assert found["loss_change"] == pytest.approx(math.log(found["perplexity"] / found["parent_perplexity"]), rel=1e-6)
+    assert 0 < found["loss_change_stderr"] < 1
+  rounds = finished.summary["timing_rounds"]
+  assert {model: len(phases["decode_s"]) for model, phases in rounds.items()} == {"parent": 2, "child": 2}
+  assert finished.summary["models"]["child"]["loss_change_stderr"] == evaluation["after_gkd"]["loss_change_stderr"]
+
+
+def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "experiments.report", *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_report_is_made_again_without_weights(config: RunConfig, copy: Path, finished: Run) -> None:
+  for path in copy.rglob("*.safetensors"):
+    path.unlink()
+  page = copy / "report" / "report.html"
+  page.write_text("spoilt")
+  done = report(f"--workdir={copy}")
+  assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(page), "")
+  run = open_run(copy)
+  assert run.store("report").done
+  assert run.store("report").path("report.html") == page  # its checksum is right
+  found = run.summary
+  assert found.pop("command") == finished.summary["command"].replace(str(finished.workdir.root), str(copy))
+  assert found == {k: v for k, v in finished.summary.items() if k != "command"}
+  assert page.read_text() == render(run.summary)
+
+
+def test_two_runs_side_by_side(config: RunConfig, copy: Path, finished: Run, tmp_path: Path) -> None:
+  settings = json.loads((copy / "config.json").read_text())
+  settings["parent"], out = str(tmp_path / "gone"), tmp_path / "both.html"
+  (copy / "config.json").write_text(json.dumps(settings))
+  before = written(copy)
+  done = report(f"--out={out}", "--compare", finished.workdir.root, copy)
+  assert (done.returncode, done.stdout.strip()) == (0, str(out))
+  assert f"{copy}: the figures are those that the run stored" in done.stderr
+  assert "The children have the same blocks." in out.read_text()
+  assert written(copy) == before
+
+
+def test_report_refuses() -> None:
+  done = report("--compare=a,b,c")
+  assert (done.returncode, done.stderr) == (1, "error: --compare takes two runs, got a, b, c\n")
+
+
+def test_the_summary_of_an_unfinished_run_leaves_out_what_is_stale(copy: Path, finished: Run) -> None:
+  run = open_run(copy)
+  run.store("report").begin("another key")
+  run.store("gkd").begin("another key")  # as when a run with another gkd.steps was killed there
+  found = summarise(run)
+  assert [s["name"] for s in found["stages"]] == [
+    "data",
+    "costs",
+    "activations",
+    "library",
+    "scores",
+    "search",
+    "child",
+  ]
+  assert not found.keys() & {"gkd", "samples", "before_gkd", "timing_rounds"}
+  assert {k: finished.summary[k] for k in ("scores", "library", "solution", "hardware")}.items() <= found.items()
+  for name, model in found["models"].items():
+    assert model.items() <= finished.summary["models"][name].items()
+    assert "perplexity" not in model
+  assert "Not timed yet" in render(found)
 
 
 def test_a_finished_run_does_nothing(finished: Run, config: RunConfig) -> None:
