@@ -13,6 +13,7 @@ from puzzle_jax.report import closing_table
 from . import launch  # relative: in the wheel, `experiments` lies in `puzzle_jax` (setup.py)
 
 _CONFIG = launch.define_config()
+flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; made if it is not there.", required=True)
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, separated by commas; all when empty.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be done and what it would take; start nothing.")

@@ -24,6 +24,7 @@ from puzzle_jax.report import closing
 from . import launch  # relative: in the wheel, `experiments` lies in `puzzle_jax` (setup.py)
 
 _CONFIG = launch.define_config()
+flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs' directories are made.", required=True)
 _SLURM = flags.DEFINE_bool("slurm", False, "Print a script that submits the runs as one Slurm array; start nothing.")
 
