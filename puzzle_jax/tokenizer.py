@@ -131,7 +131,8 @@ class Tokenizer:
     """Reads a Hugging Face folder: tokenizer.json, and what there is of tokenizer_config.json,
     special_tokens_map.json, generation_config.json and chat_template.jinja.
 
-    As in Transformers, tokenizer.json decides what goes around a text, whatever `add_bos_token` says beside it.
+    As in Transformers, tokenizer.json decides what goes around a text; an `add_bos_token` that it does not follow is
+    refused, since older releases of Transformers did add that token.
 
     Raises:
       PuzzleError: no tokenizer.json, a file that cannot be read, no EOS token, or no BOS where one is announced.
