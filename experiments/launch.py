@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from puzzle_jax import preemption
 from puzzle_jax.config import RunConfig, check_key
 from puzzle_jax.errors import PuzzleError
 
@@ -47,6 +48,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
   def careful(argv: list[str]) -> int | None:
     logging.set_verbosity(logging.ERROR)  # libraries' chatter would tear the progress bars
+    preemption.listen()
     try:
       if len(argv) > 1:
         raise PuzzleError(f"unexpected arguments {' '.join(argv[1:])}; options start with --")
@@ -55,6 +57,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       sys.exit(f"error: {e}")
     except KeyboardInterrupt:
       sys.exit("\nstopped; the same command goes on from here")
+    except preemption.PreemptedError:
+      print("\nstopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+      sys.exit(preemption.EXIT_CODE)
 
   app.run(careful, flags_parser=_parse)
 

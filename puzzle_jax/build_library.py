@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_jax import activations, memory, rolling
+from puzzle_jax import activations, memory, preemption, rolling
 from puzzle_jax.activations import Batch
 from puzzle_jax.bld import BLDConfig, Job, JobWeights
 from puzzle_jax.distil import Distillation, Distilled, first_weights
@@ -84,7 +84,10 @@ class Builder:
         progress=run.progress,
       ):
         distillation = self._begin(turn)
-        self._train(turn, distillation, steps=stops[turn.index + 1] - stops[turn.index])
+        with preemption.deferred() as preempted:
+          self._train(turn, distillation, steps=stops[turn.index + 1] - stops[turn.index], stop=preempted)
+          if preempted():
+            library.put_state(turn.layers[0], turn.index, distillation.state(), within=True)
         if turn.index + 1 < len(parts):
           library.put_state(turn.layers[0], turn.index, distillation.state())
         else:
@@ -100,7 +103,11 @@ class Builder:
     parents = [self._run.parent.layer(layer, np.float32) for layer in turn.layers]
     jobs = self._jobs(turn.layers[0])
     first: list[JobWeights] = []
-    state = self._library.state(turn.layers[0], turn.index - 1) if turn.index else None
+    state = None
+    if within := self._library.has_state(turn.layers[0], turn.index, within=True):
+      state = self._library.state(turn.layers[0], turn.index, within=True)
+    elif turn.index:
+      state = self._library.state(turn.layers[0], turn.index - 1)
     if state is None and self._first is not None:
       first = [self._first(layer) for layer in turn.layers]
     elif state is None:
@@ -115,6 +122,7 @@ class Builder:
       heldout=self._heldout(turn.layers),
       first=first,
       state=state,
+      within=within,
     )
 
   def _of_the_parent(
@@ -134,7 +142,7 @@ class Builder:
     )
     return {job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs}
 
-  def _train(self, turn: Turn, distillation: Distillation, *, steps: int) -> None:
+  def _train(self, turn: Turn, distillation: Distillation, *, steps: int, stop: Callable[[], bool]) -> None:
     if not steps or not distillation.trainable:
       return
     shape, settings = turn.window.shape, self._settings
@@ -146,10 +154,12 @@ class Builder:
       self._run.progress.say(f"library: {plan}")
       self._steps[key] = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
     for step in self._steps[key]:
-      compiled = step.compiled_bytes
-      distillation.train(step.jobs, turn.window.batches(turn.layers, batches), step)
+      compiled, done = step.compiled_bytes, distillation.steps_done(step.jobs)
+      distillation.train(step.jobs, turn.window.batches(turn.layers, batches[done:]), step, stop=stop)
       if compiled is None and step.compiled_bytes is not None:
         self._run.progress.say(f"library: a step takes {step.compiled_bytes / 2**30:.2f} GiB as compiled")
+      if stop():
+        break
 
   def _put(self, turn: Turn, distillation: Distillation) -> None:
     for layer, distilled in zip(turn.layers, distillation.finish(), strict=True):
@@ -157,5 +167,4 @@ class Builder:
       self._library.put(layer, distilled)
       for job in sorted(set(distilled.losses) - self._library.usable(layer)):
         self._run.progress.say(f"library: layer {layer} {job}: loss not finite; it is left out of the search")
-    if turn.index:
-      self._library.forget_state(turn.layers[0], turn.index - 1)
+    self._library.forget_states(turn.layers[0], turn.index)

@@ -83,17 +83,23 @@ def _stack(trees: Sequence[Any]) -> Any:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
+def _never() -> bool:
+  return False
+
+
 @dataclasses.dataclass
 class _Progress:
   """Of one job: what a later window goes on from, and the best so far. Arrays are NumPy's, [G, …].
 
-  `state`, `best` and `best_losses` come with the first training.
+  `in_window`: steps done in this window, and evaluations in a row that found nothing better. `state`, `best` and
+  `best_losses` come with the first training.
   """
 
   weights: Weights
   first: Weights
   losses: dict[str, np.ndarray]  # by kind, at the first weights
   curve: np.ndarray  # [steps, G]
+  in_window: np.ndarray
   state: Any = None
   best: Any = None
   best_losses: Any = None
@@ -111,7 +117,8 @@ class Distillation:
     settings: how.
     heldout: batches of held-out tokens, x [G, B, T, D].
     first: first weights of the jobs by layer: by job, by slot.
-    state: `state()` of an earlier window, to go on from; then `first` is not needed.
+    state: `state()` to go on from; then `first` is not needed.
+    within: whether that state was taken within this window, not at the end of the one before.
   """
 
   def __init__(
@@ -126,6 +133,7 @@ class Distillation:
     heldout: Batches,
     first: Sequence[JobWeights] = (),
     state: Mapping[str, np.ndarray] | None = None,
+    within: bool = False,
   ):
     self.spec, self._config, self._settings, self._jobs = spec, config, settings, jobs
     self._heldout = heldout
@@ -139,12 +147,18 @@ class Distillation:
     median, mean = (np.array([getattr(s, name) for s in scales], np.float32) for name in ("median", "mean"))
     self._scale = place_layers(mesh, (median, mean))
     self._at = self._start(_stack([_plain(layer) for layer in first])) if state is None else self._restored(state)
+    if not within:
+      for k in self._at.values():
+        k.in_window = np.zeros(2, np.int32)
     self.waited_s = self.trained_s = 0.0
 
   def _start(self, first: JobWeights) -> dict[str, _Progress]:
     losses = self._evaluate(self._jobs, place_layers(self._mesh, first))
     none = np.zeros((0, self._layers), np.float32)
-    return {job.name: _Progress(first[job.name], first[job.name], losses[job.name], none) for job in self._jobs}
+    return {
+      job.name: _Progress(first[job.name], first[job.name], losses[job.name], none, np.zeros(2, np.int32))
+      for job in self._jobs
+    }
 
   @property
   def trainable(self) -> tuple[Job, ...]:
@@ -162,22 +176,30 @@ class Distillation:
     fetched = fetch(found)
     return jax.tree.map(lambda *values: np.mean(np.stack(values), axis=0, dtype=np.float64), *fetched)
 
-  def train(self, group: tuple[Job, ...], batches: Iterator[Batch], step: "memory.Step") -> None:
-    """Trains a group of jobs on one window's batches.
+  def steps_done(self, group: tuple[Job, ...]) -> int:
+    """In this window."""
+    return int(self._at[group[0].name].in_window[0])
+
+  def train(
+    self, group: tuple[Job, ...], batches: Iterator[Batch], step: "memory.Step", *, stop: Callable[[], bool] = _never
+  ) -> None:
+    """Trains a group of jobs on one window's batches, or those of them that it has not seen.
 
     Args:
       group: some of `trainable`.
       batches: one a step.
       step: the group's compiled step.
+      stop: asked after each step whether to leave the rest for another time.
     """
     settings = self._settings
     kept = {j.name: self._at[j.name] for j in group}
+    done, without_gain = self._at[group[0].name].in_window.tolist()
     trained = place_layers(self._mesh, bld.split({name: k.weights for name, k in kept.items()}))
     states = {name: k.state for name, k in kept.items() if k.state is not None}
     states = place_layers(self._mesh, states or fetch(bld.init_states(settings, trained)))
     curve: list[dict[str, jax.Array]] = []
-    without_gain, begin = 0, time.perf_counter()
-    while True:
+    begin = time.perf_counter()
+    while not stop() and not (settings.patience and without_gain >= settings.patience):
       asked = time.perf_counter()
       batch = next(batches, None)
       if batch is None:
@@ -186,17 +208,17 @@ class Distillation:
         self.waited_s += time.perf_counter() - asked
       trained, states, losses = step(self._parent, trained, states, batch, self._scale)
       curve.append(losses)  # fetched after the loop: the device does not wait
-      if settings.eval_steps and len(curve) % settings.eval_steps == 0:
+      if settings.eval_steps and (done + len(curve)) % settings.eval_steps == 0:
         without_gain = 0 if self._keep_best(group, trained) else without_gain + 1
-        if settings.patience and without_gain >= settings.patience:
-          break
     jax.block_until_ready(trained)
     self.trained_s += time.perf_counter() - begin
-    self._keep_best(group, trained)
+    if not stop():
+      self._keep_best(group, trained)
     fetched = fetch(curve)
     for name, weights in fetch(self._whole(trained)).items():
       k = kept[name]
       k.weights, k.state = weights, fetch(states[name])
+      k.in_window = np.array([done + len(curve), without_gain], np.int32)
       k.curve = np.concatenate([k.curve, np.array([losses[name] for losses in fetched]).reshape(-1, self._layers)])
 
   def _whole(self, trained: JobWeights) -> JobWeights:
@@ -255,12 +277,14 @@ class Distillation:
     for job in self._jobs:
       weights = {s.slot: {k: np.zeros(0) for k in s.tensors(self._config)} for s in job.subblocks}
       losses = dict.fromkeys(LOSSES, np.zeros(0))
-      k = _Progress(weights, weights, losses, np.zeros(0))
+      k = _Progress(weights, weights, losses, np.zeros(0), np.zeros(0))
       if trained := bld.split({job.name: weights}):
         shapes = {slot: {name: np.zeros((1,)) for name in p} for slot, p in trained[job.name].items()}
         k.state = bld.init_states(self._settings, {job.name: shapes})[job.name]
         k.best, k.best_losses = weights, losses
-      template[job.name] = vars(k)
+      # What had not begun when the state was taken is not in it.
+      there = {name: _flat({job.name: {name: value}}).keys() <= state.keys() for name, value in vars(k).items()}
+      template[job.name] = {name: value if there[name] else None for name, value in vars(k).items()}
     leaves = [state[name] for name in _flat(template)]
     whole = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return {name: _Progress(**k) for name, k in whole.items()}

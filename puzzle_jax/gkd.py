@@ -21,11 +21,12 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from puzzle_jax import data, divergence
+from puzzle_jax import data, divergence, preemption
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
+from puzzle_jax.store import CorruptFileError, file_digests, read_json, write_json
 
 METRICS = ("loss", "kl", "cosine", "lm", "gradient_norm")
 
@@ -190,6 +191,7 @@ def train(
   history = jnp.zeros((config.steps, len(METRICS)))
   state = State(params, config.optimizer().init(params), jnp.zeros((), jnp.int32), history)
   iterator = data.batches(packed, batch_size=config.batch_rows, seed=config.seed)
+  _drop_damaged(folder, progress)
   with ocp.training.Checkpointer(
     folder.absolute(),
     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(config.checkpoint_steps),
@@ -200,7 +202,8 @@ def train(
       state = checkpoints.load(abstract_state=jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
       iterator.set_state(checkpoints.metadata().custom_metadata["iterator"])
       progress.say(f"gkd: resumed after step {int(state.step)}")
-    with progress.bar("gkd", total=config.steps, unit="step", done=int(state.step)) as bar:
+    bar = progress.bar("gkd", total=config.steps, unit="step", done=int(state.step))
+    with bar, preemption.deferred() as preempted:
       for step in range(int(state.step), config.steps):
         state = train_step(state, next(iterator), parent_params, child=child[0], parent=parent[0], config=config)
         metrics = dict(zip(METRICS, np.asarray(state.history[step]).tolist(), strict=True))
@@ -212,8 +215,12 @@ def train(
           )
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, KL {metrics['kl']:.3f}", refresh=False)
         bar.update()
-        if step + 1 < config.steps:
-          checkpoints.save(step + 1, state, custom_metadata={"iterator": iterator.get_state()})
+        if step + 1 < config.steps or preempted():
+          custom = {"iterator": iterator.get_state()}
+          if checkpoints.save(step + 1, state, custom_metadata=custom, force=preempted()):
+            write_json(_checksums(folder), {str(step + 1): file_digests(folder / str(step + 1))})
+        if preempted():
+          break
   rows = np.asarray(state.history, np.float64)
   return decoder.unstacked(child[0], state.params), [dict(zip(METRICS, row.tolist(), strict=True)) for row in rows]
 
@@ -221,3 +228,21 @@ def train(
 def forget_checkpoints(folder: Path) -> None:
   """Deletes the checkpoints of a finished or superseded training."""
   shutil.rmtree(folder, ignore_errors=True)
+  _checksums(folder).unlink(missing_ok=True)
+
+
+def _checksums(folder: Path) -> Path:
+  """Of the last checkpoint's files, by its step."""
+  return folder.with_name(f"{folder.name}.json")
+
+
+def _drop_damaged(folder: Path, progress: Progress) -> None:
+  """Deletes checkpoints that are not as they were written: orbax itself would use a changed array."""
+  try:
+    known = read_json(_checksums(folder)) if _checksums(folder).exists() else {}
+  except CorruptFileError:
+    known = {}
+  for checkpoint in folder.glob("[0-9]*"):
+    if file_digests(checkpoint) != known.get(checkpoint.name):
+      progress.say(f"gkd: the checkpoint {checkpoint} is damaged or was not finished; its steps are done again")
+      shutil.rmtree(checkpoint)

@@ -26,8 +26,8 @@ def _files(layer: int) -> tuple[str, str]:
   return f"layer_{layer:02d}.safetensors", f"layer_{layer:02d}.json"
 
 
-def _state_file(layer: int, window: int) -> str:
-  return f"state/window_{window}_layer_{layer:02d}.safetensors"
+def _state_file(layer: int, window: int, *, within: bool = False) -> str:
+  return f"state/{'within_' if within else ''}window_{window}_layer_{layer:02d}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +56,25 @@ class Library:
     found = (re.fullmatch(r"layer_(\d+)\.json", name) for name in self.store.names)
     return sorted(int(match[1]) for match in found if match)
 
-  # What layers go on from when training tokens come in several windows
+  # What the group of layers from `layer` on goes on from: after a window of training tokens, or, stopped, within it
 
-  def put_state(self, layer: int, window: int, state: Mapping[str, np.ndarray]) -> None:
-    """Stores what the group of layers from `layer` on goes on from after a window."""
-    self.store.put_arrays(_state_file(layer, window), state)
+  def put_state(self, layer: int, window: int, state: Mapping[str, np.ndarray], *, within: bool = False) -> None:
+    """Stores it; after a window, what led there goes."""
+    self.store.put_arrays(_state_file(layer, window, within=within), state)
+    if not within:
+      self.forget_states(layer, window)
+
+  def has_state(self, layer: int, window: int, *, within: bool = False) -> bool:
+    return _state_file(layer, window, within=within) in self.store
+
+  def state(self, layer: int, window: int, *, within: bool = False) -> dict[str, np.ndarray]:
+    return self.store.get_arrays(_state_file(layer, window, within=within))
+
+  def forget_states(self, layer: int, window: int) -> None:
+    """Deletes what led to the end of a window."""
+    self.store.remove(_state_file(layer, window, within=True))
     if window:
       self.store.remove(_state_file(layer, window - 1))
-
-  def has_state(self, layer: int, window: int) -> bool:
-    return _state_file(layer, window) in self.store
-
-  def state(self, layer: int, window: int) -> dict[str, np.ndarray]:
-    return self.store.get_arrays(_state_file(layer, window))
-
-  def forget_state(self, layer: int, window: int) -> None:
-    self.store.remove(_state_file(layer, window))
 
   def put(self, layer: int, distilled: Distilled) -> None:
     """Stores a layer; a variant whose loss is not finite is marked, and never offered to the search."""

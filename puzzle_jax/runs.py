@@ -116,8 +116,7 @@ class Run:
   @functools.cached_property
   def child(self) -> LanguageModel:
     """The distilled child."""
-    self.store("gkd").path("model/architecture.json")
-    return LanguageModel.open(self.workdir.root / "gkd" / "model")
+    return LanguageModel.open(self.store("gkd").folder("model"))
 
 
 def open_run(workdir: str | os.PathLike[str]) -> Run:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from puzzle_jax import activations, bld, coupling, data, gkd, refine, report, scoring
+from puzzle_jax import activations, bld, coupling, data, gkd, preemption, refine, report, scoring
 from puzzle_jax import costs as costs_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
@@ -126,22 +126,25 @@ def make_scores(run: Run, store: StageStore) -> None:
     for (layer, file, found, missing), arrays in zip(todo, loaded, strict=True):
       inputs, variants = jax.device_put(arrays)
       layer_space, usable, saved = run.space.layers[layer], library.usable(layer), time.monotonic()
-      for block in missing:
-        score: dict[str, float] = {}
-        if all(s in layer_space.parent.subblocks or s.id in usable for s in block.subblocks):
-          weights = scoring.block_weights(layer_space, block, params["layers"][layer], variants)
-          for kind, x in inputs.items():
-            score |= scorers[kind].score(layer, block, weights, x)
-        if score and np.isfinite(list(score.values())).all():
-          found["blocks"][block.name] = score
-        else:
-          found["left_out"].append(block.name)
-          run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
-        bar.update()
-        if time.monotonic() - saved > _SAVE_EVERY_S:
-          store.put_json(file, found)
-          saved = time.monotonic()
-      store.put_json(file, found)
+      with preemption.deferred() as preempted:
+        for block in missing:
+          score: dict[str, float] = {}
+          if all(s in layer_space.parent.subblocks or s.id in usable for s in block.subblocks):
+            weights = scoring.block_weights(layer_space, block, params["layers"][layer], variants)
+            for kind, x in inputs.items():
+              score |= scorers[kind].score(layer, block, weights, x)
+          if score and np.isfinite(list(score.values())).all():
+            found["blocks"][block.name] = score
+          else:
+            found["left_out"].append(block.name)
+            run.progress.say(f"scores: layer {layer} {block.name}: not finite; it is left out of the search")
+          bar.update()
+          if preempted():
+            break
+          if time.monotonic() - saved > _SAVE_EVERY_S:
+            store.put_json(file, found)
+            saved = time.monotonic()
+        store.put_json(file, found)
 
 
 def _one_ahead(load: Callable[[int], _T], items: Sequence[int]) -> Iterator[_T]:
@@ -231,8 +234,7 @@ def make_child(run: Run, store: StageStore) -> None:
 
 
 def make_gkd(run: Run, store: StageStore) -> None:
-  run.store("child").path("model/architecture.json")
-  child = LanguageModel.open(run.workdir.root / "child" / "model")
+  child = LanguageModel.open(run.store("child").folder("model"))
   parent = run.parent_model
   checkpoints = store.root / "checkpoints"
   with run.metrics("gkd") as log:
@@ -263,7 +265,7 @@ def make_evaluation(run: Run, store: StageStore) -> None:
   config, parent, child = run.config.evaluation, run.parent_model, run.child
   packed = run.packed("eval")
   teacher = (parent.architecture, parent.params)
-  before = LanguageModel.open(run.workdir.root / "child" / "model")
+  before = LanguageModel.open(run.store("child").folder("model"))
   with run.progress.bar("evaluation", total=3 + 2 * len(config.prompts), unit="step") as bar:
     after_gkd = quality.compare((child.architecture, child.params), teacher, packed, batch_rows=config.batch_rows)
     bar.update()
@@ -298,7 +300,7 @@ def make_export(run: Run, store: StageStore) -> None:
     f"KL to the parent {quality_json['kl']:.4f} nats a token."
   )
   with run.progress.bar("export", total=1, unit="model") as bar, store.put_folder("hf") as folder:
-    export_hf(run.workdir.root / "gkd" / "model", folder, dtype=run.config.export.dtype, card=card)
+    export_hf(run.store("gkd").folder("model"), folder, dtype=run.config.export.dtype, card=card)
     bar.update()
 
 

@@ -63,6 +63,12 @@ def file_digest(path: Path) -> str:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+  """`file_digest` of every file below a folder, by relative path."""
+  files = sorted(path for path in folder.rglob("*") if path.is_file())
+  return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
 def _sync(path: Path) -> None:
   fd = os.open(path, os.O_RDONLY)
   try:
@@ -304,6 +310,12 @@ class StageStore:
         self._save()
       raise CorruptFileError(f"{path} is missing or corrupt (checksum); start again: it will be made anew")
     return path
+
+  def folder(self, name: str) -> Path:
+    """The path of a folder of `put_folder`, the checksum of each of its files verified; raises what `path` does."""
+    for file in [n for n in self._manifest["files"] if n.startswith(f"{name}/")] or [f"{name}/"]:
+      self.path(file)
+    return self.root / name
 
   def get_json(self, name: str) -> Any:
     return read_json(self.path(name))

@@ -1,7 +1,8 @@
 """Shared by the tests: tiny random models and packed rows."""
 
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 import torch
 from jax.extend import core
 
+from puzzle_jax import preemption
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText
 from puzzle_jax.model import decoder
@@ -72,6 +74,16 @@ def _matmul_flops(jaxpr: core.Jaxpr) -> int:
 def matmul_flops() -> Callable[[core.Jaxpr], int]:
   """Counts those of all dot products of a program, in its subprograms too."""
   return _matmul_flops
+
+
+@pytest.fixture
+def listening() -> Iterator[Callable[[], None]]:
+  """SIGTERM is taken for preemption; call it to begin anew."""
+  before = signal.getsignal(signal.SIGTERM)
+  preemption.listen()
+  yield preemption.listen
+  preemption.listen()
+  signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Blockwise distillation: what it stores, what its losses are, and that its variants are independent jobs."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,6 +234,52 @@ def test_goes_on_in_a_second_window_as_if_it_were_one(layer, trained):
   (expected,), (found,) = whole.finish(), second.finish()
   np.testing.assert_equal(found.weights, expected.weights)
   assert (found.losses, found.curve) == (expected.losses, expected.curve)
+
+
+def test_stopped_within_a_window_it_goes_on_as_if_it_were_not(layer, trained):
+  """In two groups of eight steps each; held-out losses after every third, and an end where two bring nothing."""
+  jobs = bld.decoupled(SPACE)
+  weights = {job.name: {s.slot: trained.weights[s.id] for s in job.subblocks} for job in jobs}
+  heldout, train = layer.batches(layer.x["heldout"]), layer.batches(layer.x["train"]) * 2
+  settings = dataclasses.replace(TRAINING, steps=8, eval_steps=3, patience=2)
+  arguments: Any = {"jobs": jobs, "settings": settings, "heldout": lambda: heldout}
+  calls = 0
+
+  def begin(**kwargs: Any) -> Distillation:
+    return Distillation(SPACE.parent, layer.config, [layer.weights], ONE_DEVICE, **arguments, **kwargs)
+
+  def run(distillation: Distillation, *, stop_at: int = 99) -> None:
+    nonlocal calls
+    calls = 0
+
+    def stop() -> bool:
+      return calls >= stop_at
+
+    def counted(step: memory.Step, *args: Any) -> Any:
+      nonlocal calls
+      calls += 1
+      return step(*args)
+
+    for step in steps:
+      todo = iter(train[distillation.steps_done(step.jobs) :])
+      distillation.train(step.jobs, todo, functools.partial(counted, step), stop=stop)  # type: ignore[arg-type]
+      if stop():
+        break
+
+  whole = begin(first=[weights])
+  steps = [memory.Step(SPACE.parent, whole.trainable[g::2], layer.config, settings) for g in range(2)]
+  run(whole)
+  (expected,), total = whole.finish(), calls
+  for stopped_after in (0, 2, 8, 11, total):
+    first = begin(first=[weights])
+    run(first, stop_at=stopped_after)
+    assert calls == stopped_after
+    second = begin(state=first.state(), within=True)
+    run(second)
+    assert calls == total - stopped_after
+    (found,) = second.finish()
+    np.testing.assert_equal(found.weights, expected.weights)
+    assert (found.losses, found.curve) == (expected.losses, expected.curve)
 
 
 def test_each_variant_keeps_its_best_weights_and_a_layer_without_gains_ends(layer):

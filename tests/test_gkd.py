@@ -1,6 +1,9 @@
 """Global distillation: its losses written out, what its gradient may reach, and the same child after a kill."""
 
 import dataclasses
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from puzzle_jax import data, gkd
+from puzzle_jax import data, gkd, preemption
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
@@ -93,9 +96,13 @@ def test_the_gradient_does_not_reach_the_parent(child, parent, packed):
   assert all(np.all(g == 0) for g in jax.tree.leaves(gradient["parent"]))
 
 
+def die() -> None:
+  raise KeyboardInterrupt
+
+
 @dataclasses.dataclass
 class Training:
-  """Trains a child in a folder; `die_after` steps it is killed."""
+  """Trains a child in a folder; after `die_after` steps it dies, or what `by` does happens."""
 
   child: Model
   parent: Model
@@ -103,20 +110,27 @@ class Training:
   steps: int = 0
 
   def run(
-    self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, die_after: int = 99, config: GKDConfig = CONFIG
+    self,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    die_after: int = 99,
+    by: Callable[[], None] = die,
+    config: GKDConfig = CONFIG,
+    quiet: bool = True,
   ) -> Any:
     step, self.steps = gkd.train_step, 0
 
     def counted(*args: Any, **kwargs: Any) -> gkd.State:
       if self.steps == die_after:
-        raise KeyboardInterrupt
+        by()
       self.steps += 1
       return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
       patch.setattr(gkd, "train_step", counted)
       return gkd.train(
-        self.child, self.parent, self.packed, config=config, folder=folder, progress=Progress(quiet=True)
+        self.child, self.parent, self.packed, config=config, folder=folder, progress=Progress(quiet=quiet)
       )
 
 
@@ -153,6 +167,38 @@ def test_a_killed_training_goes_on_to_the_same_child(training, undisturbed, monk
   assert history == undisturbed[1]
   gkd.forget_checkpoints(tmp_path / "gkd")
   assert not (tmp_path / "gkd").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_preempted_it_loses_no_step(training, undisturbed, monkeypatch, tmp_path, listening, steps):
+  with pytest.raises(preemption.PreemptedError):
+    training.run(tmp_path / "gkd", monkeypatch, die_after=steps, by=lambda: os.kill(os.getpid(), signal.SIGTERM))
+  assert training.steps == steps + 1  # the one at work is finished
+  listening()
+  params, history = training.run(tmp_path / "gkd", monkeypatch)
+  assert training.steps == 6 - steps - 1
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
+  assert history == undisturbed[1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no checksums"])
+def test_a_damaged_checkpoint_is_not_used(training, undisturbed, monkeypatch, tmp_path, capsys, damage):
+  with pytest.raises(KeyboardInterrupt):
+    training.run(tmp_path / "gkd", monkeypatch, die_after=5)
+  checksums, *_ = tmp_path.glob("gkd.json")
+  file = max((tmp_path / "gkd" / "4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  {
+    "flip": lambda: file.write_bytes(data),
+    "cut": lambda: file.write_bytes(data[:-1]),
+    "remove": file.unlink,
+    "no checksums": lambda: checksums.write_text("{"),
+  }[damage]()
+  params, _ = training.run(tmp_path / "gkd", monkeypatch, quiet=False)
+  assert training.steps == 6
+  assert "the checkpoint" in capsys.readouterr().err
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
 
 
 def test_a_loss_that_is_not_finite_is_named(training, child, monkeypatch, tmp_path):

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import safetensors.numpy
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import metrics, plan, space, stages
+from puzzle_jax import memory, metrics, plan, preemption, space, stages
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.bld import CoupledConfig
 from puzzle_jax.cleaning import clean
@@ -288,6 +290,47 @@ def test_killed_runs_end_the_same(config: RunConfig, finished: Run, tmp_path: Pa
   starts = [json.loads(line) for line in (workdir / "launches.jsonl").read_text().splitlines()]
   assert len(starts) == 4
   assert all(start["versions"]["jax"] and start["stages"] == [s.name for s in STAGES] for start in starts)
+
+
+@pytest.mark.parametrize(
+  "stage, unit, ends_after",
+  [
+    ("library", (memory.Step, "__call__"), 9),
+    ("library", (memory.Step, "__call__"), 18),  # the last of a layer
+    ("scores", (Scorer, "score"), 7),
+  ],
+)
+def test_a_preempted_stage_does_nothing_twice(
+  config: RunConfig,
+  finished: Run,
+  copy: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  listening: Callable[[], None],
+  stage: str,
+  unit: tuple[type, str],
+  ends_after: int,
+) -> None:
+  calls, work = 0, getattr(*unit)
+
+  def counted(*args: Any) -> Any:
+    nonlocal calls
+    calls += 1
+    if calls == ends_after:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return work(*args)
+
+  monkeypatch.setattr(*unit, counted)
+  shutil.rmtree(copy / stage)
+  with pytest.raises(preemption.PreemptedError):
+    puzzle_jax.run(config, copy, stages=[stage], quiet=True)
+  assert calls == ends_after
+  listening()
+  puzzle_jax.run(config, copy, stages=[stage], quiet=True)
+  total = calls
+  shutil.rmtree(copy / stage)
+  puzzle_jax.run(config, copy, stages=[stage], quiet=True)
+  assert calls == 2 * total
+  assert contents(copy) == contents(finished.workdir.root)
 
 
 def changed_target(config: RunConfig, ratio: float) -> RunConfig:

@@ -136,6 +136,18 @@ def test_damage_is_found_by_name_and_the_file_made_anew(stage, damage):
   np.testing.assert_equal(after.get_arrays("b.safetensors"), ARRAYS)
 
 
+def test_a_folder_is_whole_or_not_used(stage):
+  with stage.put_folder("model") as folder:
+    for name in ("a.txt", "b.txt"):
+      (folder / name).write_text(name)
+  assert stage.folder("model") == stage.root / "model"
+  (stage.root / "model" / "b.txt").write_text("c.txt")
+  with pytest.raises(CorruptFileError, match=r"model/b\.txt is missing or corrupt"):
+    stage.folder("model")
+  with pytest.raises(CorruptFileError, match="other is missing or corrupt"):
+    stage.folder("other")
+
+
 def test_manifest_that_is_not_json(stage):
   (stage.root / store.MANIFEST).write_text("{")
   with pytest.raises(CorruptFileError, match=r"stage/manifest.json is not JSON .*delete it and start again"):
