@@ -150,7 +150,7 @@ class Drill:
   def run(self, workdir: Path, *names: str) -> None:
     puzzle_jax.run(self._config, workdir, stages=names)
 
-  def start(self, work: Callable[[], None], *, kill_after: float | None = None) -> Ended:
+  def start(self, work: Callable[[], object], *, kill_after: float | None = None) -> Ended:
     """Does `work` in a process of its own, which has imported everything already."""
     out = self.root / "said.txt"
     begin = time.perf_counter()
@@ -285,7 +285,7 @@ def _bytes(folder: Path) -> int:
   return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _child(work: Callable[[], None], out: Path, *, cache: Path) -> NoReturn:
+def _child(work: Callable[[], object], out: Path, *, cache: Path) -> NoReturn:
   """What a forked process does: never returns into the drill."""
   code = 3
   try:
