@@ -51,8 +51,12 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     for name in ("vocab_size", "hidden_size", "num_heads", "head_dim", "max_context"):
-      if getattr(self, name) < 1:
-        raise PuzzleError(f"model config: {name}={getattr(self, name)} must be at least 1")
+      value = getattr(self, name)
+      if type(value) is not int or not 1 <= value < 2**31:
+        raise PuzzleError(f"model config: {name}={value!r} must be a whole number from 1 to 2^31 - 1")
+    for name in ("rope_theta", "norm_eps"):
+      if not 0 < getattr(self, name) < math.inf:
+        raise PuzzleError(f"model config: {name}={getattr(self, name)!r} must be a number above 0")
     if self.head_dim % 2:
       raise PuzzleError(f"model config: head_dim={self.head_dim} must be even for rotary embeddings")
 
@@ -335,8 +339,8 @@ class Architecture:
         config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
       blocks = [BlockSpec.parse(f"{b['attention']}/{b['ffn']}") for b in data["blocks"]]
       return cls(ModelConfig(**config), tuple(blocks))
-    except (KeyError, TypeError) as e:
-      raise PuzzleError(f"architecture: {e!r}; expected the keys that Architecture.to_json writes") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+      raise PuzzleError(f"architecture: {e!r}; expected what Architecture.to_json writes") from e
 
   def __str__(self) -> str:
     return json.dumps(self.to_json())

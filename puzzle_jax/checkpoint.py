@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from puzzle_jax.arch import Architecture
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.weights import (
   Layer,
   SafetensorsFolder,
@@ -85,7 +86,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
   """
   described = read_json(folder / ARCHITECTURE)
   architecture = Architecture.from_json(described)
-  return Checkpoint(architecture, SafetensorsFolder(folder), str(folder), metadata=described.get("metadata", {}))
+  metadata = described.get("metadata", {})
+  if not isinstance(metadata, dict):
+    raise PuzzleError(f"{folder / ARCHITECTURE}: metadata is {metadata!r}, not an object; copy the directory again")
+  return Checkpoint(architecture, SafetensorsFolder(folder), str(folder), metadata=metadata)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

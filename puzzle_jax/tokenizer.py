@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,17 +147,22 @@ class Tokenizer:
       backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises nothing narrower
       raise PuzzleError(f"{path} is no file of the tokenizers library ({e}); download it again") from e
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    special = {name: _content(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
-    ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
-    ends = [ends] if isinstance(ends, int) else ends
-    if "eos_token" not in special and ends and (eos := backend.id_to_token(ends[0])):
-      special["eos_token"] = eos
     backend.no_truncation()
     backend.no_padding()
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
     jinja = folder / "chat_template.jinja"
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
-    tokenizer = cls._build(backend, special, template=template, ends=ends, source=str(folder))
+    try:
+      special = {name: _content(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
+      ends = [operator.index(i) for i in (ends if isinstance(ends, list) else [ends])]
+      if "eos_token" not in special and ends and (eos := backend.id_to_token(ends[0])):
+        special["eos_token"] = eos
+      template = jinja.read_text("utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
+      tokenizer = cls._build(backend, special, template=template, ends=ends, source=str(folder))
+    except (KeyError, OverflowError, TypeError, ValueError) as e:
+      raise PuzzleError(
+        f"{folder}: the tokenizer's files are not what Transformers writes ({e!r}); download them"
+      ) from e
     if config.get("add_bos_token") and tokenizer.encode("")[:1] != [tokenizer.bos_id]:
       raise PuzzleError(
         f"{folder}: tokenizer_config.json says add_bos_token, and tokenizer.json puts no BOS before a text: the parent "
@@ -188,7 +194,17 @@ class Tokenizer:
         f"the GGUF's tokenizer (model {model!r}, pre {pre!r}) is not supported; supported: model 'gpt2' with pre "
         f"{', '.join(map(repr, _PRE_TOKENIZERS))}. Use the parent's Hugging Face folder instead"
       )
+    try:
+      return cls._rebuilt(fields, get)
+    except PuzzleError:
+      raise
+    except Exception as e:  # the tokenizers library raises nothing narrower
+      raise PuzzleError(f"the GGUF's tokenizer is damaged ({e!r}); download the file again") from e
+
+  @classmethod
+  def _rebuilt(cls, fields: Mapping[str, Any], get: Callable[[str], Any]) -> "Tokenizer":
     tokens, types = get("tokens"), get("token_type")
+    pre = fields["tokenizer.ggml.pre"]
     llama3 = pre == "llama-bpe"
     backend = tokenizers.Tokenizer(
       models.BPE(
@@ -244,9 +260,12 @@ def _read_json(path: Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as e:
     raise PuzzleError(f"{path} is not JSON ({e}); download it again") from e
+  if not isinstance(data, dict):
+    raise PuzzleError(f"{path} holds no JSON object; download it again")
+  return data
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

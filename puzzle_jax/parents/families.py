@@ -26,6 +26,8 @@ from puzzle_jax.errors import PuzzleError
 Config = Mapping[str, Any]
 FFN_MULTIPLE = 256  # readers of the nemotron-nas dialect round FFN widths up to a multiple of it
 
+_MOST_LAYERS = 10_000  # the file is not trusted: each layer takes memory before any tensor is looked for
+
 
 def _require(config: Config, key: str) -> int:
   value = config.get(key)
@@ -91,9 +93,11 @@ def _shared(config: Config) -> ModelConfig:
 
 def _llama(config: Config) -> Architecture:
   shared = _shared(config)
-  kv_heads = config.get("num_key_value_heads") or shared.num_heads
-  block = BlockSpec(GQA(kv_heads), SwiGLU(_require(config, "intermediate_size")))
-  return Architecture(shared, (block,) * _require(config, "num_hidden_layers"))
+  kv_heads = _require(config, "num_key_value_heads") if config.get("num_key_value_heads") else shared.num_heads
+  block, layers = BlockSpec(GQA(kv_heads), SwiGLU(_require(config, "intermediate_size"))), "num_hidden_layers"
+  if not 0 < _require(config, layers) <= _MOST_LAYERS:
+    raise PuzzleError(f"config.json: {layers}={config[layers]} is not a number from 1 to {_MOST_LAYERS}")
+  return Architecture(shared, (block,) * config[layers])
 
 
 def _mistral(config: Config) -> Architecture:
@@ -171,12 +175,12 @@ def read_config(config: Config) -> Architecture:
     PuzzleError: an unsupported family or feature, or missing keys.
   """
   model_type = config.get("model_type")
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise PuzzleError(
       f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)} "
       "(docs/architecture.md says how to add a family)"
     )
   try:
     return FAMILIES[model_type].read(config)
-  except (KeyError, TypeError) as e:
+  except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
     raise PuzzleError(f"config.json of a {model_type} model: {e!r}; take the file from the original model") from e

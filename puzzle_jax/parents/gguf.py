@@ -43,6 +43,16 @@ _LAYER = {
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 
+class _Reader(gguf.GGUFReader):
+  """Never reads beyond the file's end: the library would go on through whatever length a damaged file names."""
+
+  def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+    end = int(offset) + np.dtype(dtype).itemsize * int(count)
+    if not 0 <= offset <= end <= len(self.data):
+      raise ValueError(f"it ends at byte {len(self.data)} and names something at {end}")
+    return super()._get(offset, dtype, count, override_order)
+
+
 class GGUFFile:
   """The tensors and the metadata of a GGUF file; tensors go by their checkpoint names.
 
@@ -53,10 +63,10 @@ class GGUFFile:
   def __init__(self, path: Path):
     self.files = [path]
     try:
-      reader = gguf.GGUFReader(path)
+      reader = _Reader(path)
     except FileNotFoundError:
       raise PuzzleError(f"{path} does not exist; give the path of a GGUF file") from None
-    except (ValueError, IndexError, KeyError, OverflowError) as e:
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as e:
       raise PuzzleError(f"{path} is truncated or no GGUF file ({e}); download it again") from e
     self._fields = reader.fields
     self.name = str(self.metadata("general.name") or path.stem)
@@ -69,12 +79,14 @@ class GGUFFile:
 
   def metadata(self, key: str) -> Any:
     """A metadata value, None where there is none."""
-    field = self._fields.get(key)
-    return None if field is None else field.contents()
+    try:
+      return self._fields[key].contents() if key in self._fields else None
+    except ValueError as e:  # text that is not UTF-8
+      raise PuzzleError(f"{self.files[0]}: {key} cannot be read ({e}); download it again") from e
 
   def tokenizer_metadata(self) -> dict[str, Any]:
     """The metadata of the tokenizer, as `Tokenizer.from_gguf` takes it."""
-    return {key: field.contents() for key, field in self._fields.items() if key.startswith("tokenizer.")}
+    return {key: self.metadata(key) for key in self._fields if key.startswith("tokenizer.")}
 
   @property
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -139,7 +151,7 @@ class GGUFFile:
 def _checkpoint_name(name: str) -> str:
   """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; an unknown name stays."""
   stem, _, kind = name.rpartition(".")
-  if stem.startswith("blk."):
+  if stem.startswith("blk.") and stem.count(".") > 1:
     _, layer, part = stem.split(".", 2)
     return f"model.layers.{layer}.{_LAYER.get(part, part)}.{kind}"
   return f"{_HEAD.get(stem, stem)}.{kind}"
