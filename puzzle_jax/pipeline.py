@@ -72,7 +72,7 @@ STAGES = (
   Stage("child", stages.make_child, ("space",), ("library", "search")),
   Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child")),
   Stage("evaluation", stages.make_evaluation, ("evaluation", "costs"), ("data", "child", "gkd", "search")),
-  Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
+  Stage("export", stages.make_export, ("export", "search"), ("gkd", "evaluation"), version=2),
   Stage(
     "report",
     stages.make_report,

@@ -1,7 +1,7 @@
 """Shared by the tests: tiny random models and packed rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -77,3 +77,14 @@ def matmul_flops() -> Callable[[core.Jaxpr], int]:
 @pytest.fixture(scope="session")
 def quiet() -> Progress:
   return Progress(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def modelling_files_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Transformers copies modelling files of checkpoints to a cache before it runs them: to a fresh one."""
+  import transformers
+
+  with pytest.MonkeyPatch.context() as patch:
+    cache = str(tmp_path_factory.mktemp("modules"))
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    yield
