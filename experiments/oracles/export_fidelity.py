@@ -124,7 +124,10 @@ def fp8(workdir: Path, scratch: Path, rows: np.ndarray) -> dict[str, dict[str, f
 
 
 def speed(files: Mapping[str, Path]) -> dict[str, Any]:
-  """Prefill and decoding at batch 1 in llama.cpp, the models in turn, so that all meet the same disturbances."""
+  """Prefill and decoding at batch 1 in llama.cpp, the models in turn, so that all meet the same disturbances.
+
+  Times are compared with the first model's of the same round; on a machine with other work, only these ratios count.
+  """
   models = {name: llama(file, n_ctx=PROMPT + ANSWER, n_threads=THREADS) for name, file in files.items()}
   seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
   with Progress().bar("speed", total=ROUNDS + 1, unit="round") as bar:
@@ -140,13 +143,13 @@ def speed(files: Mapping[str, Path]) -> dict[str, Any]:
           seconds[name]["prefill"].append(middle - begin)
           seconds[name]["decode"].append(time.perf_counter() - middle)
       bar.update()
-  found = {}
+  found: dict[str, Any] = {}
+  first = seconds[next(iter(files))]
   for name, file in files.items():
     found[name] = {"bytes": file.stat().st_size, "seconds": seconds[name]}
-    for kind, tokens in (("prefill", PROMPT), ("decode", ANSWER)):
-      rates = sorted(tokens / s for s in seconds[name][kind])
-      quartiles = statistics.quantiles(rates, n=4)
-      found[name][kind] = {"tokens_per_s": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
+    for kind in first:
+      ratios = [before / own for before, own in zip(first[kind], seconds[name][kind], strict=True)]
+      found[name][f"{kind}_speedup"] = dict(zip(("q1", "median", "q3"), statistics.quantiles(ratios, n=4), strict=True))
   return found
 
 

@@ -8,7 +8,7 @@ from puzzle_jax import checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import open_parent
 from puzzle_jax.parents.gguf import GGUFFile
-from puzzle_jax.serving import gguf_export, hf_export, model_card
+from puzzle_jax.serving import engines, gguf_export, hf_export, model_card
 from puzzle_jax.store import StageStore, read_json
 
 FORMATS = {"hf": hf_export.DTYPES, "gguf": gguf_export.TYPES}  # the first type is the default
@@ -59,7 +59,7 @@ def export(
   child: str | os.PathLike[str],
   out: str | os.PathLike[str],
   *,
-  format: str = "hf",
+  format: str = "",
   dtype: str = "",
   engine: str = "",
   parent: str = "",
@@ -69,7 +69,7 @@ def export(
   Args:
     child: see `find_child`.
     out: a new folder (hf) or file (gguf).
-    format: of `FORMATS`.
+    format: of `FORMATS`; empty: what the engine reads, hf without one.
     dtype: of the weights, one of the format's; empty: its first.
     engine: of `engines.ENGINES`; empty: any reader of the format.
     parent: the child's parent, if it is a GGUF file: the metadata of its tokenizer go into a GGUF. The run's is known.
@@ -77,6 +77,7 @@ def export(
   Raises:
     PuzzleError: bad input, before anything is written; an engine that would not run the child as it is.
   """
+  format = format or (engines.by_name(engine).format if engine else "hf")
   if format not in FORMATS:
     raise PuzzleError(f"format {format!r} is unknown; known: {', '.join(FORMATS)}")
   found, dtype, out = find_child(child), dtype or FORMATS[format][0], Path(out)

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from puzzle_jax import checkpoint, weights
+from puzzle_jax import checkpoint, store, weights
 from puzzle_jax.arch import GQA, Architecture, BlockSpec, LinearAttention, LinearFFN, NoAttention, NoFFN, SwiGLU
 from puzzle_jax.checkpoint import Checkpoint
 from puzzle_jax.errors import PuzzleError
@@ -47,7 +47,7 @@ def export_hf(
 
   Args:
     child: the child's directory.
-    out: a new or empty directory.
+    out: a new or empty directory; it is there when it is whole.
     dtype: of the exported weights, one of `DTYPES`; the 8-bit ones are described in `fp8`.
     engine: of `engines.ENGINES`, which shall run it. Empty: the modelling files that travel with it, and widths that
       every reader of the dialect understands, multiples of 256.
@@ -60,7 +60,7 @@ def export_hf(
   """
   if dtype not in DTYPES:
     raise PuzzleError(f"export dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-  if out.exists() and any(out.iterdir()):
+  if out.is_file() or (out.is_dir() and any(out.iterdir())):
     raise PuzzleError(f"{out} is not empty; name a new directory for the export")
   architecture = checkpoint.open_checkpoint(child).architecture
   c = architecture.config
@@ -80,17 +80,18 @@ def export_hf(
     config["quantization_config"] = fp8.quantization_config(dtype)
   else:
     tensors = padded_tensors(model, exported, dtype=_DTYPES[dtype])
-  out.mkdir(parents=True, exist_ok=True)
-  weights.write_tensors(out, tensors)
-  weights.write_json(out / "config.json", config)
-  if dtype in fp8.ALGORITHMS:
-    weights.write_json(out / "hf_quant_config.json", fp8.legacy_config(dtype))
-  checkpoint.write_tokenizer(out, child)
-  weights.write_json(out / "generation_config.json", _generation_config(child, tokenizer))
-  for file in _MODELLING_FILES.glob("*.py"):
-    shutil.copyfile(file, out / file.name)
   card = model_card(architecture, model.metadata, exported=exported, dtype=dtype, figures=figures)
-  (out / "README.md").write_text(card, encoding="utf-8")
+  with store.replacing(out) as aside:
+    aside.mkdir()
+    weights.write_tensors(aside, tensors)
+    weights.write_json(aside / "config.json", config)
+    if dtype in fp8.ALGORITHMS:
+      weights.write_json(aside / "hf_quant_config.json", fp8.legacy_config(dtype))
+    checkpoint.write_tokenizer(aside, child)
+    weights.write_json(aside / "generation_config.json", _generation_config(child, tokenizer))
+    for file in _MODELLING_FILES.glob("*.py"):
+      shutil.copyfile(file, aside / file.name)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
 def exported_architecture(architecture: Architecture, *, dtype: str, engine: str) -> Architecture:
