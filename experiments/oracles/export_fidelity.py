@@ -128,7 +128,8 @@ def speed(files: Mapping[str, Path]) -> dict[str, Any]:
 
   Times are compared with the first model's of the same round; on a machine with other work, only these ratios count.
   """
-  models = {name: llama(file, n_ctx=PROMPT + ANSWER, n_threads=THREADS) for name, file in files.items()}
+  settings = {"n_ctx": PROMPT + ANSWER, "n_threads": THREADS, "n_threads_batch": THREADS, "flash_attn": True}
+  models = {name: llama(file, **settings) for name, file in files.items()}
   seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
   with Progress().bar("speed", total=ROUNDS + 1, unit="round") as bar:
     for i in range(ROUNDS + 1):

@@ -4,8 +4,8 @@ Timed are models as deep as asked for whose layers, but for the first and the la
 other subblock (llama.cpp wants attention in the first layer and an FFN in the last), and one of half the depth. All are
 timed in turn, several rounds; a round of a model is the prefill of the scenario's input, a few decode steps right
 behind it, and a few at the scenario's end. A step's time is affine in the context: the mean of both is the mean step.
-Children given beside the space are timed in the same rounds and left out of the fit: what the table predicts of them
-can be held against them. Batch 1.
+Children given beside the space are timed in the same rounds, with every step of the output, and left out of the fit:
+what the table predicts of them can be held against them. Batch 1.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def measure(
     sizes = {name: file.stat().st_size for name, file in files.items()}
     with progress.bar("costs", total=len(scenarios) * len(whole) * (config.rounds + 1), unit="timing") as bar:
       for scenario in scenarios:
-        opened = {name: _Model(file, scenario, config) for name, file in files.items()}
+        opened = {name: _Model(file, scenario, config, whole=name not in models) for name, file in files.items()}
         for i in range(config.rounds + 1):
           for name, model in opened.items():
             found = model()
@@ -185,12 +185,16 @@ def _write(architecture: Architecture, parent: Parent, out: Path, dtype: str) ->
 
 
 class _Model:
-  """A file in llama.cpp; called, it gives seconds of the prefill and of a decode step at both ends of the output."""
+  """A file in llama.cpp; called, it gives seconds of the prefill and of a decode step at both ends of the output.
 
-  def __init__(self, file: Path, scenario: Scenario, config: TimingConfig):
+  With `whole`, all of the output is decoded, and both are the mean step.
+  """
+
+  def __init__(self, file: Path, scenario: Scenario, config: TimingConfig, *, whole: bool):
     import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 
-    self._scenario, self._steps = scenario, min(config.decode_steps, max(1, scenario.output_tokens // 2))
+    self._scenario, self._whole = scenario, whole
+    self._steps = min(config.decode_steps, max(1, scenario.output_tokens // 2))
     threads = {"n_threads": config.threads, "n_threads_batch": config.threads}
     # Flash attention is what llama.cpp's own programs choose; without it, caches are padded to the widest layer's.
     self._model = llama_cpp.Llama(str(file), n_ctx=scenario.tokens + 1, flash_attn=True, verbose=False, **threads)
@@ -198,6 +202,9 @@ class _Model:
   def __call__(self) -> dict[str, float]:
     self._model.reset()
     found = {"prefill": self._eval(self._scenario.input_tokens, at_once=True)}
+    if self._whole:
+      step = self._eval(self._scenario.output_tokens) / self._scenario.output_tokens
+      return found | {"first": step, "last": step}
     found["first"] = self._eval(self._steps) / self._steps
     if (fill := self._scenario.tokens - self._scenario.input_tokens - 2 * self._steps) > 0:
       self._eval(fill, at_once=True)
