@@ -67,6 +67,7 @@ def test_the_runs_figures_are_on_the_card(workdir, tmp_path):
   assert "| KL to the parent (nats a token) | 0 | 0.2500 ± 0.0200 |" in card
   assert "| decode (tokens/s of each request) | 32.0 | 64.0 |" in card  # 128 tokens
   assert "TensorRT-LLM (PyTorch backend)" in card
+  assert "engine builder" in card
   assert "vLLM" not in card  # it runs no linear attention
   export(workdir / "child", tmp_path / "before")
   card = (tmp_path / "before" / "README.md").read_text()

@@ -121,6 +121,9 @@ def test_configurations(workdir):
     ):
       assert (found["quant_algo"], found[ignore]) == (algorithm, ["lm_head"])
     assert config["quantization_config"]["quant_method"] == "modelopt"
+    card = (workdir / dtype / "README.md").read_text()
+    assert "PyTorch backend" in card
+    assert "engine builder" not in card  # it reads no 8-bit weights of this layout
   with pytest.raises(PuzzleError, match=r"quantization_config=.*is not supported: take the model in bfloat16"):
     open_parent(str(workdir / "float8_channel"))
 

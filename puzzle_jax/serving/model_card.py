@@ -61,7 +61,8 @@ def model_card(
     tags=["puzzle", "nemotron-nas"],
   )
   blocks = [b.name for b in exported.blocks]
-  able = [e.title for e in engines.ENGINES.values() if e.format == "hf" and not engines.rejections(e, blocks)]
+  readers = [e for e in engines.ENGINES.values() if e.format == "hf" and dtype in e.dtypes]
+  able = [e.title for e in readers if not engines.rejections(e, blocks)]
   rows = "\n".join(f"| {i} | {b.attention.name} | {b.ffn.name} |" for i, b in enumerate(architecture.blocks))
   return f"""---
 {front.to_yaml()}
@@ -80,7 +81,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 
-Engines that have these blocks, by their sources: {", ".join(able)}.
+Engines that run these blocks from such weights, by their sources: {", ".join(able)}.
 
 `gqaN`: attention with N key/value heads; `wN`: a SwiGLU FFN of width N; `linear`: one matrix; `none`: nothing.
 
