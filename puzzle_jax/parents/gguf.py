@@ -52,7 +52,8 @@ class GGUFFile:
     for i, block in enumerate(self.architecture.blocks):
       if isinstance(block.attention, LinearAttention):
         layer = f"model.layers.{i}."
-        self._tensors[f"{layer}{LINEAR_ATTENTION}.weight"] = self._tensors.pop(f"{layer}{OUTPUT}.weight")
+        if (matrix := self._tensors.pop(f"{layer}{OUTPUT}.weight", None)) is not None:  # else it is said to be missing
+          self._tensors[f"{layer}{LINEAR_ATTENTION}.weight"] = matrix
 
   def metadata(self, key: str) -> Any:
     """A metadata value, None where there is none."""
