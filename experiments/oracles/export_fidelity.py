@@ -95,7 +95,7 @@ def against_llamacpp(child: Path, scratch: Path, rows: np.ndarray) -> dict[str, 
   """Perplexity of each type of file in llama.cpp, and in JAX of the child and of the same file."""
   found: dict[str, Any] = {"jax": read("jax", child, rows).perplexity, "types": {}}
   for dtype in TYPES:
-    file = scratch / f"child.{dtype}.gguf"
+    file = scratch / f"mixed.{dtype}.gguf"
     export_gguf(child, file, dtype=dtype)
     theirs, ours = read("llamacpp", file, rows).perplexity, read("jax", file, rows).perplexity
     found["types"][dtype] = {
@@ -168,7 +168,7 @@ def measure(workdir: Path, text: Path) -> dict[str, Any]:
       write_child(run, changed, scratch / child)
     transformers = against_transformers(scratch / "every kind", scratch, rows[:LOGITS_ROWS])
     llamacpp = against_llamacpp(scratch / "llama.cpp's", scratch, rows)
-    theirs = llama(scratch / "child.F16.gguf", vocab_only=True).tokenize(words.encode(), add_bos=False, special=True)
+    theirs = llama(scratch / "mixed.F16.gguf", vocab_only=True).tokenize(words.encode(), add_bos=False, special=True)
     llamacpp["token_ids_that_differ"] = sum(a != b for a, b in itertools.zip_longest(ids, theirs))
     eight_bits = fp8(workdir, scratch, rows[:LOGITS_ROWS])
     files: dict[str, Path] = {"parent Q4_1 (its own file)": run.parent.path}
