@@ -164,13 +164,12 @@ def export_speed() -> str:
   first, *_ = speed["models"].values()
   rows = []
   for name, model in speed["models"].items():
-    ratios = [model[f"{kind}_speedup"] for kind in ("decode", "prefill")]
-    times = [f"{r['median']:.2f}× ({r['q1']:.2f} to {r['q3']:.2f})" for r in ratios]
+    times = [f"{model[f'{kind}_speedup']:.2f}×" for kind in ("decode", "prefill")]
     size = f"{model['bytes'] / 2**20:.1f}"
     rows.append([name, size, f"{model['bytes'] / first['bytes']:.2f}×", *times, f"{model['perplexity']:.2f}"])
   heading = (
     f"{speed['prompt']} tokens in, {speed['answer']} out, batch 1, {speed['threads']} threads; the models in turn, "
-    f"median and quartiles of {speed['rounds']} rounds; load average before: {speed['load_average']}."
+    f"the {speed['fastest']} fastest of {speed['rounds']} rounds; load average before: {speed['load_average']}."
   )
   header = ["model", "MiB", "size", "decode speed", "prefill speed", "perplexity (Wikitext)"]
   return f"{heading}\n\n{_table(header, rows)}"
