@@ -188,8 +188,7 @@ def costs_llamacpp() -> str:
     rows.append([child["scenario"], child["model"], f"{speed:.2f}×", *errors])
   heading = (
     f"SmolLM2's space in {timing['dtype']}, llama-cpp-python {record['versions']['llama-cpp-python']}, "
-    f"{timing['threads']} threads, {record['hardware']}, {timing['rounds']} rounds, on a machine with other work. The "
-    f"table explains the models that it comes from to {max(abs(p['residual']) for p in details['points']):.1%}."
+    f"{timing['threads']} threads, {record['hardware']}, {timing['rounds']} rounds, on a machine with other work."
   )
   header = ["tokens in/out", "random", "decode speed, parent's = 1", "decode, predicted / measured", "prefill"]
   return f"{heading}\n\n{_table(header, rows)}"

@@ -1,11 +1,11 @@
 """Costs in llama.cpp on the machine at hand, by difference between whole models of random weights (imports no JAX).
 
 Timed are models as deep as asked for whose layers, but for the first and the last, are one variant beside the parent's
-other subblock (llama.cpp wants attention in the first layer and an FFN in the last), and one of half the depth. All are
-timed in turn, several rounds; a round of a model is the prefill of the scenario's input, a few decode steps right
-behind it, and a few at the scenario's end. A step's time is affine in the context: the mean of both is the mean step.
-Children given beside the space are timed in the same rounds, with every step of the output, and left out of the fit:
-what the table predicts of them can be held against them. Batch 1.
+other subblock (llama.cpp wants attention in the first layer and an FFN in the last), one whose inner layers are empty,
+and one of half the depth. All are timed in turn, several rounds; a round of a model is the prefill of the scenario's
+input, a few decode steps right behind it, and a few at the scenario's end. A step's time is affine in the context: the
+mean of both is the mean step. Children given beside the space are timed in the same rounds, with every step of the
+output, and left out of the fit: what the table predicts of them can be held against them. Batch 1.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax import checkpoint
-from puzzle_jax.arch import Architecture, NoFFN, Subblock
+from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.costs.differences import fit, quiet_mean
 from puzzle_jax.errors import PuzzleError
@@ -147,10 +147,9 @@ def _models(parent: Architecture, space: Space, layers: int) -> dict[str, Archit
   found = {
     f"{base.name} x {depth}": dataclasses.replace(parent, blocks=(base,) * depth) for depth in (layers, layers // 2)
   }
-  for s in sorted({s for layer in space.layers for s in (*layer.attention, *layer.ffn)}, key=lambda s: s.id):
-    spec = dataclasses.replace(base, **{s.slot: s})
-    if spec == base or isinstance(s, NoFFN):
-      continue
+  subblocks = sorted({s for layer in space.layers for s in (*layer.attention, *layer.ffn)}, key=lambda s: s.id)
+  specs = [dataclasses.replace(base, **{s.slot: s}) for s in subblocks if not isinstance(s, NoFFN)]
+  for spec in (BlockSpec(NoAttention(), NoFFN()), *(spec for spec in specs if spec != base)):
     blocks = (base, *[spec] * (layers - 2), base)
     if refused := engines.rejections(engine, [b.name for b in blocks]):
       raise PuzzleError(f"{'; '.join(refused)}; take a space that it runs: --config.space.engine=llama_cpp")
