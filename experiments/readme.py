@@ -175,28 +175,8 @@ def export_speed() -> str:
   return f"{heading}\n\n{_table(header, rows)}"
 
 
-def costs_llamacpp() -> str:
-  """What the llama.cpp cost table predicts of whole children, against what was measured in the same rounds."""
-  record = _record("costs_llamacpp")
-  timing, details = record["details"]["timing"], record["details"]
-  parent = {point["scenario"]: point for point in reversed(details["points"])}  # the first: the parent's own block
-  rows = []
-  for child in details["children"]:
-    predicted = child["predicted"]
-    speed = parent[child["scenario"]]["decode_s"] / child["decode_s"]
-    errors = [f"{predicted[phase] / child[phase] - 1:+.1%}" for phase in ("decode_s", "prefill_s")]
-    rows.append([child["scenario"], child["model"], f"{speed:.2f}×", *errors])
-  heading = (
-    f"SmolLM2's space in {timing['dtype']}, llama-cpp-python {record['versions']['llama-cpp-python']}, "
-    f"{timing['threads']} threads, {record['hardware']}, {timing['rounds']} rounds, on a machine with other work."
-  )
-  header = ["tokens in/out", "random", "decode speed, parent's = 1", "decode, predicted / measured", "prefill"]
-  return f"{heading}\n\n{_table(header, rows)}"
-
-
-_PAGES = (quickstart, parent_quality, interactions, compare, search)
-_SERVING = (engines, export_fidelity, export_speed, costs_llamacpp)
-TABLES = {f.__name__: f for f in (*_PAGES, *_SERVING)}
+_WRITERS = (quickstart, parent_quality, interactions, compare, search, engines, export_fidelity, export_speed)
+TABLES = {f.__name__: f for f in _WRITERS}
 
 
 def updated(text: str) -> str:
