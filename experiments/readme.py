@@ -8,6 +8,9 @@ from typing import Any
 
 from absl import app, flags
 
+from puzzle_jax.arch import LinearAttention, LinearFFN
+from puzzle_jax.serving.engines import ENGINES
+
 _ROOT = Path(__file__).parent.parent
 _CHECK = flags.DEFINE_bool("check", False, "Change nothing; fail if the tables are not those of the records.")
 
@@ -109,7 +112,71 @@ def search() -> str:
   )
 
 
-TABLES = {f.__name__: f for f in (quickstart, parent_quality, interactions, compare, search)}
+def engines() -> str:
+  """The capability table of the serving engines; no record, the data that exports are checked against."""
+
+  def yes(able: bool) -> str:
+    return "yes" if able else ""
+
+  rows = []
+  for name, e in ENGINES.items():
+    dtypes = ", ".join(f"`{dtype}`" for dtype in sorted(e.dtypes))
+    widths = f"multiples of {e.ffn_multiple}" if e.ffn_multiple > 1 else "any"
+    blocks = [yes(kind in e.subblocks) for kind in (LinearAttention, LinearFFN)]
+    rules = (e.attention_without_ffn, e.first_layer_without_attention, e.last_layer_without_ffn, e.kv_heads_vary)
+    model = (e.attention_bias, e.own_head_dim)
+    rows.append([f"`{name}`", *blocks, *map(yes, rules), widths, *map(yes, model), dtypes, e.seen])
+  header = ["`--engine=`", "linear attention", "linear FFN", "attention without FFN", "first layer without attention"]
+  header += ["last layer without FFN", "KV heads differ by layer", "FFN widths", "biases of attention"]
+  return _table([*header, "head size unlike hidden / heads", "weights", "seen to run"], rows)
+
+
+def export_fidelity() -> str:
+  """Exported children in the engines, against JAX."""
+  record = _record("export_fidelity")
+  t, llama, bars = record["transformers"], record["llamacpp"], record["bars"]
+  versions = {name: record["versions"][name] for name in ("transformers", "llama-cpp-python")}
+  relative = t["fp32_max_abs_difference"] / t["fp32_max_abs_logit"]
+  rows = [
+    ["Transformers, fp32: largest difference of a logit / largest logit", f"{relative:.1e}", f"{bars['fp32']:g}"],
+    ["Transformers, bf16: JAX's error against fp32 / Transformers' own", f"{t['bf16_ratio']:.2f}", f"{bars['bf16']:g}"],
+    ["read as a parent again: largest difference of a logit", f"{t['round_trip_max_abs_difference']:.1e}", ""],
+    ["llama.cpp: tokens of the text that are cut otherwise", f"{llama['token_ids_that_differ']}", "0"],
+  ]
+  for dtype, found in llama["types"].items():
+    bar = f"{bars['perplexity']:.1%}" if dtype == "F16" else ""
+    rows.append([f"llama.cpp, {dtype}: perplexity against JAX's of the child", f"{found['to_the_child']:+.2%}", bar])
+    rows.append([f"llama.cpp, {dtype}: against JAX's of the same file", f"{found['to_the_file']:+.2%}", ""])
+  exact = record["fp8"]["bfloat16"]
+  for dtype, found in record["fp8"].items():
+    if found is not exact:
+      loss = f"{found['perplexity'] / exact['perplexity'] - 1:+.2%}, KL {found['kl']:.4f}"
+      rows.append([f"{dtype} in Transformers: perplexity against bfloat16", loss, ""])
+  heading = (
+    f"{_run_by(record)} Transformers {versions['transformers']}, llama-cpp-python {versions['llama-cpp-python']}."
+  )
+  return f"{heading}\n\n{_table(['', 'measured', 'bar'], rows)}"
+
+
+def export_speed() -> str:
+  """Files in llama.cpp, relative to the first."""
+  speed = _record("export_fidelity")["speed"]
+  first, *_ = speed["models"].values()
+  rows = []
+  for name, model in speed["models"].items():
+    times = [f"{model[f'{kind}_speedup']:.2f}×" for kind in ("decode", "prefill")]
+    size = f"{model['bytes'] / 2**20:.1f}"
+    rows.append([name, size, f"{model['bytes'] / first['bytes']:.2f}×", *times, f"{model['perplexity']:.2f}"])
+  heading = (
+    f"{speed['prompt']} tokens in, {speed['answer']} out, batch 1, {speed['threads']} threads; the models in turn, "
+    f"the {speed['fastest']} fastest of {speed['rounds']} rounds; load average before: {speed['load_average']}."
+  )
+  header = ["model", "MiB", "size", "decode speed", "prefill speed", "perplexity (Wikitext)"]
+  return f"{heading}\n\n{_table(header, rows)}"
+
+
+_WRITERS = (quickstart, parent_quality, interactions, compare, search, engines, export_fidelity, export_speed)
+TABLES = {f.__name__: f for f in _WRITERS}
 
 
 def updated(text: str) -> str:

@@ -20,6 +20,7 @@ from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
 from puzzle_jax.serving.engines import by_name
+from puzzle_jax.serving.hf_export import DTYPES as EXPORT_DTYPES
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("any", "gpu")
@@ -171,12 +172,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  """`dtype` of the exported weights."""
+  """`dtype` of the exported weights; see `serving.hf_export`."""
 
   dtype: str = "bfloat16"
 
   def __post_init__(self) -> None:
-    _one_of("export.dtype", self.dtype, DTYPES)
+    _one_of("export.dtype", self.dtype, EXPORT_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ STAGES = (
     memory=("evaluation.batch_rows",),
     version=2,
   ),
-  Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
+  Stage("export", stages.make_export, ("export", "search"), ("gkd", "evaluation"), version=2),
   Stage(
     "report",
     stages.make_report,

@@ -127,15 +127,20 @@ def build(
       if variant.num_params(parent.config) > own.num_params(parent.config):
         raise PuzzleError(f"space: {variant.name} is larger than the parent's {own.name} in layer {i}; remove it")
     whole = LayerSpace(_unique(block.attention, a), _unique(block.ffn, f))
-    spaces.append(_that_runs(by_name(engine), i, whole) if engine else whole)
+    spaces.append(_that_runs(by_name(engine), i, parent.num_layers, whole) if engine else whole)
   if overrides:
     raise PuzzleError(f"space.layers: no layers {sorted(overrides)}; the parent has 0 to {parent.num_layers - 1}")
   return Space(tuple(spaces))
 
 
-def _that_runs(engine: Engine, layer: int, space: LayerSpace) -> LayerSpace:
+def _that_runs(engine: Engine, layer: int, num_layers: int, space: LayerSpace) -> LayerSpace:
   """The subblocks with which the engine runs some block; the parent's stay whatever it runs."""
-  able = {s for block in space.blocks if not objection(engine, layer, block.name) for s in block.subblocks}
+  able = {
+    subblock
+    for block in space.blocks
+    if not objection(engine, layer, block.name, num_layers=num_layers)
+    for subblock in block.subblocks
+  }
   attention, ffn = (
     tuple(s for s in subblocks if s == subblocks[0] or s in able) for subblocks in (space.attention, space.ffn)
   )

@@ -22,7 +22,7 @@ from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
 from puzzle_jax.search.table import Table
-from puzzle_jax.serving import engines
+from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
 from puzzle_jax.store import StageStore, file_digest, read_json
 
@@ -293,14 +293,16 @@ def make_evaluation(run: Run, store: StageStore) -> None:
 
 
 def make_export(run: Run, store: StageStore) -> None:
-  quality_json = run.store("evaluation").get_json("evaluation.json")["after_gkd"]
-  card = (
-    f"Distilled from {run.parent.name} by puzzle_jax. Held-out text, {quality_json['tokens']:.0f} tokens: perplexity "
-    f"{quality_json['perplexity']:.2f} (parent {quality_json['parent_perplexity']:.2f}), "
-    f"KL to the parent {quality_json['kl']:.4f} nats a token."
-  )
+  engine, root = run.config.search.engine, run.workdir.root
   with run.progress.bar("export", total=1, unit="model") as bar, store.put_folder("hf") as folder:
-    export_hf(run.store("gkd").folder("model"), folder, dtype=run.config.export.dtype, card=card)
+    export_hf(
+      run.store("gkd").folder("model"),
+      folder,
+      dtype=run.config.export.dtype,
+      engine=engine if engine and engines.by_name(engine).format == "hf" else "",
+      workdir=root,
+      figures=model_card.measured(root, times=False),  # runs alike give files alike
+    )
     bar.update()
 
 

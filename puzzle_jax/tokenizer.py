@@ -29,7 +29,7 @@ _GPT2 = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),)
 _LLAMA3_PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS: dict[str, tuple[pre_tokenizers.PreTokenizer, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[pre_tokenizers.PreTokenizer, ...]] = {
   "gpt-2": _GPT2,
   "llama-bpe": (
     pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_PATTERN), "isolated"),
@@ -189,10 +189,10 @@ class Tokenizer:
         raise PuzzleError(f"the GGUF has no tokenizer.ggml.{name}; convert it again with a recent llama.cpp") from None
 
     model, pre = get("model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
       raise PuzzleError(
         f"the GGUF's tokenizer (model {model!r}, pre {pre!r}) is not supported; supported: model 'gpt2' with pre "
-        f"{', '.join(map(repr, _PRE_TOKENIZERS))}. Use the parent's Hugging Face folder instead"
+        f"{', '.join(map(repr, PRE_TOKENIZERS))}. Use the parent's Hugging Face folder instead"
       )
     try:
       return cls._rebuilt(fields, get)
@@ -213,7 +213,7 @@ class Tokenizer:
         ignore_merges=llama3,
       )
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(_PRE_TOKENIZERS[pre]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[pre]))
     backend.decoder = decoders.ByteLevel()
     added = [
       AddedToken(token, special=kind == _CONTROL, normalized=False)

@@ -235,7 +235,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
   for name, array in tensors:
     if batch and sum(a.nbytes for a in batch.values()) + array.nbytes > SHARD_BYTES:
       flush()
-    batch[name] = np.ascontiguousarray(array)
+    batch[name] = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
     total += array.nbytes
   flush()
   if len(shards) == 1:

@@ -89,3 +89,14 @@ def listening() -> Iterator[Callable[[], None]]:
 @pytest.fixture(scope="session")
 def quiet() -> Progress:
   return Progress(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def modelling_files_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """Transformers copies modelling files of checkpoints to a cache before it runs them: to a fresh one."""
+  import transformers
+
+  with pytest.MonkeyPatch.context() as patch:
+    cache = str(tmp_path_factory.mktemp("modules"))
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    yield

