@@ -13,6 +13,7 @@ from typing import Any
 from puzzle_jax.bld import BLDConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.data.sampling import SamplingConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
@@ -38,7 +39,9 @@ class DataConfig:
   """Text and how it is packed.
 
   Attributes:
-    source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, or `tfds:NAME`.
+    source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, `tfds:NAME`, or `parent` (text that the parent
+      writes); several, separated by commas, are mixed.
+    shares: of the sources in every set, in proportion; empty: equal shares.
     text_field: of JSON lines.
     heldout_fraction: share of the documents that no training stage sees.
     seq_len: tokens a packed row.
@@ -49,9 +52,11 @@ class DataConfig:
     seed: of the order of documents.
     task: multiple-choice items (JSON lines; `evaluation.tasks`) whose accuracy is a score too; empty: none.
     task_items: how many of them.
+    sampling: how the parent writes text.
   """
 
   source: str = "stdlib"
+  shares: tuple[float, ...] = ()
   text_field: str = "text"
   heldout_fraction: float = 0.1
   seq_len: int = 256
@@ -62,8 +67,18 @@ class DataConfig:
   seed: int = 0
   task: str = ""
   task_items: int = 256
+  sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Their names, one by one."""
+    return tuple(name.strip() for name in self.source.split(","))
 
   def __post_init__(self) -> None:
+    if not all(self.sources) or len(set(self.sources)) < len(self.sources):
+      raise PuzzleError(f"data.source={self.source!r} must name sources, each once, separated by commas")
+    if self.shares and (len(self.shares) != len(self.sources) or min(self.shares) <= 0):
+      raise PuzzleError(f"data.shares={self.shares} must be {len(self.sources)} numbers above 0, as data.source names")
     _at_least(2, "data", seq_len=self.seq_len)
     _at_least(1, "data", task_items=self.task_items)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):

@@ -1,7 +1,9 @@
 """What each stage of the pipeline does: reads files of earlier stages, writes its own."""
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
+from puzzle_jax.data import sampling
 from puzzle_jax.evaluation import quality, tasks
 from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
@@ -25,7 +28,7 @@ from puzzle_jax.runs import Run
 from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines
 from puzzle_jax.serving.hf_export import export_hf
-from puzzle_jax.store import StageStore, file_digest, read_json
+from puzzle_jax.store import StageStore, digest, file_digest, read_json
 
 _T = TypeVar("_T")
 _SAVE_EVERY_S = 10.0  # of what is scored within a layer
@@ -37,32 +40,76 @@ def make_data(run: Run, store: StageStore) -> None:
     "train": {"train": config.train_tokens, "gkd": config.gkd_tokens},
     "heldout": {"heldout": config.heldout_tokens, "eval": config.eval_tokens},
   }
-  with run.progress.bar("data", total=1 + len(amounts), unit="split") as bar:
-    documents = data.load_documents(
-      config.source,
-      data_dir=run.workdir.scratch("datasets"),
-      text_field=config.text_field,
-      heldout_fraction=config.heldout_fraction,
-    )
-    bar.update()
-    sizes = {}
-    for split, sets in amounts.items():
-      texts, tokens = getattr(documents, split), sum(sets.values())
-      packed = data.pack(texts, run.tokenizer, seq_len=config.seq_len, max_tokens=tokens, seed=config.seed)
-      start = 0
-      for name, tokens in sets.items():
-        rows = slice(start, start + tokens // config.seq_len)
-        start = rows.stop
-        part = packed.rows(rows)
-        store.put_arrays(f"{name}.safetensors", part._asdict())
-        sizes[name] = part.num_tokens
+  shares = config.shares or (1.0,) * len(config.sources)
+  with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
+    sources = []
+    for name, share in zip(config.sources, shares, strict=True):
+      if name == sampling.PARENT:
+        tokens = {part: share / sum(shares) * sum(sets.values()) for part, sets in amounts.items()}
+        sources.append(_parent_text(run, tokens))
+      else:
+        sources.append(_documents(run, name))
       bar.update()
+    made = data.pack_sets(
+      sources, shares, amounts, run.tokenizer, seq_len=config.seq_len, seed=config.seed, shuffled=("train",)
+    )
+    for name, mixed in made.items():
+      store.put_arrays(f"{name}.safetensors", mixed.packed._asdict())
+    bar.update()
   task = {}
   if config.task:
     items = tasks.read_items(config.task, limit=config.task_items)
     store.put_arrays("task.safetensors", tasks.pack(items, run.tokenizer, seq_len=config.seq_len).arrays())
     task = {"task": {"name": Path(config.task).name, "sha256": file_digest(Path(config.task)), "items": len(items)}}
-  store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes} | task)
+  found = {
+    "tokenizer": run.tokenizer.digest,
+    "tokens": {name: mixed.packed.num_tokens for name, mixed in made.items()},
+    "sources": [
+      {
+        "name": source.name,
+        "digest": source.digest,
+        "files": [file._asdict() for file in source.files],
+        "rows": {name: mixed.rows_by_source[i] for name, mixed in made.items()},
+      }
+      for i, source in enumerate(sources)
+    ],
+  }
+  store.put_json("data.json", found | task)
+
+
+def _documents(run: Run, source: str) -> data.DocumentSource:
+  config = run.config.data
+  return data.load_documents(
+    source,
+    data_dir=run.workdir.scratch("datasets"),
+    text_field=config.text_field,
+    heldout_fraction=config.heldout_fraction,
+  )
+
+
+def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
+  """Text that the parent writes, with at least so many tokens by part."""
+  config = run.config.data
+  texts = _documents(run, config.sampling.prompts) if "text" in config.sampling.kinds else None
+  made_from = {
+    "version": 1,  # raised when the code changes what is written
+    "parent": run.parent.digest,
+    "tokenizer": run.tokenizer.digest,
+    "sampling": dataclasses.asdict(config.sampling),
+    "prompts": texts.digest if texts else "",
+    "seed": config.seed,
+  }
+  spare = 2 * config.seq_len  # shares are rounded to rows, in two sets a part
+  return sampling.load(
+    lambda: sampling.Sampler(run.parent_model, config.sampling, texts.train if texts else [], seed=config.seed),
+    run.tokenizer,
+    folder=run.workdir.scratch("datasets") / digest(made_from)[:16],
+    part_documents=config.sampling.part_documents,
+    train_tokens=math.ceil(tokens["train"]) + spare,
+    heldout_tokens=math.ceil(tokens["heldout"]) + spare,
+    heldout_fraction=config.heldout_fraction,
+    progress=run.progress,
+  )
 
 
 def make_costs(run: Run, store: StageStore) -> None:

@@ -3,5 +3,16 @@
 from puzzle_jax.data.documents import DocumentSource, load_documents
 from puzzle_jax.data.loader import batches
 from puzzle_jax.data.packing import Batch, PackedText, pack, target_mask
+from puzzle_jax.data.sets import MixedSet, pack_sets
 
-__all__ = ["Batch", "DocumentSource", "PackedText", "batches", "load_documents", "pack", "target_mask"]
+__all__ = [
+  "Batch",
+  "DocumentSource",
+  "MixedSet",
+  "PackedText",
+  "batches",
+  "load_documents",
+  "pack",
+  "pack_sets",
+  "target_mask",
+]
