@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses that check themselves. ml_collections stays in `configs/`.
+"""The configuration of a run: frozen dataclasses that check themselves. ml_collections stays in `config_files`.
 
 Each stage depends on the sections that `pipeline.STAGES` names, and on nothing else.
 """
@@ -10,17 +10,20 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle_jax.bld import BLDConfig
+from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.data.sampling import SamplingConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.mesh import MeshConfig
+from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
 from puzzle_jax.serving.engines import by_name
 
 DTYPES = ("float32", "bfloat16")
+DEVICES = ("any", "gpu")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -89,18 +92,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ActivationsConfig:
-  """`dtype` of the stored training activations; `batch_rows` on the device at once."""
-
-  dtype: str = "bfloat16"
-  batch_rows: int = 8
-
-  def __post_init__(self) -> None:
-    _one_of("activations.dtype", self.dtype, DTYPES)
-    _at_least(1, "activations", batch_rows=self.batch_rows)
-
-
-@dataclasses.dataclass(frozen=True)
 class SpaceConfig:
   """The search space; see `space.build`."""
 
@@ -108,9 +99,12 @@ class SpaceConfig:
   ffn: tuple[str | float, ...] = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")
   ffn_multiple: int = 64
   layers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  engine: str = ""
 
   def __post_init__(self) -> None:
     _at_least(1, "space", ffn_multiple=self.ffn_multiple)
+    if self.engine:
+      by_name(self.engine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +196,15 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """A run: `parent` is a Hugging Face directory or hub id, a GGUF file, or `smollm2-135m` (built in)."""
+  """A run: `parent` is a Hugging Face directory or hub id, a GGUF file, or `smollm2-135m` (built in).
+
+  `device` "gpu" refuses to start where JAX finds no GPU.
+  """
 
   name: str = "run"
   parent: str = "smollm2-135m"
+  device: str = "any"
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
   space: SpaceConfig = dataclasses.field(default_factory=SpaceConfig)
@@ -213,11 +212,13 @@ class RunConfig:
   scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
   costs: CostsConfig = dataclasses.field(default_factory=CostsConfig)
   search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+  coupled: CoupledConfig = dataclasses.field(default_factory=CoupledConfig)
   gkd: GKDConfig = dataclasses.field(default_factory=GKDConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
   export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
   def __post_init__(self) -> None:
+    _one_of("device", self.device, DEVICES)
     batch = self.gkd.batch_rows * self.data.seq_len
     if self.gkd.steps and self.data.gkd_tokens < batch:
       raise PuzzleError(
@@ -231,6 +232,15 @@ class RunConfig:
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
+  def results(self) -> dict[str, Any]:
+    """The same without fields that no result depends on (where activations lie)."""
+    values = self.to_dict()
+    for section in dataclasses.fields(self):
+      for field in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
+        if not field.metadata.get("result", True):
+          del values[section.name][field.name]
+    return values
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
     """From nested mappings, such as an ml_collections ConfigDict's.
@@ -241,16 +251,30 @@ class RunConfig:
     return _build(cls, values, "config")
 
 
-def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+def check_key(name: str) -> None:
+  """Raises PuzzleError where `section.field` is none of the config's (names the nearest known one)."""
+  hint, path = RunConfig, "config"
+  for key in name.split("."):
+    if not dataclasses.is_dataclass(hint):
+      return
+    hint, path = _hint(hint, key, path), f"{path}.{key}"
+
+
+def _hint(cls: Any, key: str, path: str) -> Any:
+  """The type of a dataclass's field."""
   hints = typing.get_type_hints(cls)
+  if key not in hints:
+    near = difflib.get_close_matches(key, hints, n=1)
+    raise PuzzleError(
+      f"unknown config key {path}.{key}; {f'did you mean {near[0]}? ' if near else ''}known: {', '.join(hints)}"
+    )
+  return hints[key]
+
+
+def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
   kwargs = {}
   for key, value in values.items():
-    if key not in hints:
-      near = difflib.get_close_matches(key, hints, n=1)
-      raise PuzzleError(
-        f"unknown config key {path}.{key}; {f'did you mean {near[0]}? ' if near else ''}known: {', '.join(hints)}"
-      )
-    hint = hints[key]
+    hint = _hint(cls, key, path)
     if dataclasses.is_dataclass(hint):
       if not isinstance(value, Mapping):
         raise PuzzleError(f"{path}.{key} must be a mapping of {', '.join(typing.get_type_hints(hint))}; got {value!r}")

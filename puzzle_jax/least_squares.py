@@ -6,10 +6,9 @@ heads alike. W_up·W_down can be worse than removing the FFN; the fit is never w
 held-out tokens.
 """
 
-import contextlib
 import functools
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +24,57 @@ from puzzle_jax.targets import Variants, Weights, mean_square, parent_deltas, to
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean diagonal of the Gram matrix
 
 
-@jax.jit
-def _products(
-  features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # each with what rounding has left out of it
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(sums: Sums, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array) -> Sums:
   weighted = features_TE * weight_T[:, None]
   with jax.default_matmul_precision("highest"):
-    return weighted.T @ features_TE, weighted.T @ target_TD, jnp.sum(weight_T[:, None] * jnp.square(target_TD))
+    products = {
+      "gram": weighted.T @ features_TE,
+      "cross": weighted.T @ target_TD,
+      "square": jnp.sum(weight_T[:, None] * jnp.square(target_TD)),
+    }
+  result = {}
+  for name, (total, rest) in sums.items():
+    new = total + products[name]
+    shown = new - total
+    rest = rest + ((total - (new - shown)) + (products[name] - shown))  # exact: Knuth's two-sum
+    result[name] = (new, rest)
+  return result
 
 
 class NormalEquations:
   """Streamed weighted least squares: min over W of Σ_t weight_t · ‖W·features_t − target_t‖².
 
-  Products are fp32 a batch and summed in fp64: Gram matrices of activations have condition numbers to 1e10.
+  Products are fp32 a batch, summed on the device in two fp32 numbers each, which together are as good as fp64: Gram
+  matrices of activations have condition numbers to 1e10.
   """
 
   def __init__(self, num_features: int, num_targets: int):
-    self._gram = np.zeros((num_features, num_features))
-    self._cross = np.zeros((num_features, num_targets))
-    self._square = 0.0
+    shapes = {"gram": (num_features, num_features), "cross": (num_features, num_targets), "square": ()}
+    self._sums: Sums = {name: (jnp.zeros(shape), jnp.zeros(shape)) for name, shape in shapes.items()}
 
   def add(self, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax.Array) -> None:
     """Adds tokens, fp32; weight 0 leaves a token out."""
-    gram, cross, square = _products(features_TE, target_TD, weight_T)
-    self._gram += np.asarray(gram)
-    self._cross += np.asarray(cross)
-    self._square += float(square)
+    self._sums = _add(self._sums, features_TE, target_TD, weight_T)
+
+  def _sum(self, name: str) -> np.ndarray:
+    total, rest = jax.device_get(self._sums[name])
+    return np.asarray(total, np.float64) + rest
+
+  @functools.cached_property
+  def _gram(self) -> np.ndarray:
+    return self._sum("gram")
+
+  @functools.cached_property
+  def _cross(self) -> np.ndarray:
+    return self._sum("cross")
+
+  @functools.cached_property
+  def _square(self) -> float:
+    return float(self._sum("square"))
 
   def loss(self, w_DE: np.ndarray) -> float:
     """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""
@@ -66,22 +90,32 @@ class NormalEquations:
   def fit(self, heldout: "NormalEquations", *, start_DE: np.ndarray, ridges: Sequence[float] = RIDGES) -> np.ndarray:
     """The solution [D, E] of the ridge that does best on held-out tokens, or `start_DE` where that is better still.
 
-    Features that are not finite leave `start_DE`.
+    The largest ridge comes first, and smaller ones until one does worse: solving is what takes the time. Features that
+    are not finite leave `start_DE`.
     """
-    candidates = [start_DE]
-    for ridge in ridges if np.isfinite(self._gram).all() else ():
-      with contextlib.suppress(np.linalg.LinAlgError):  # massive activations' rounding can outweigh a small ridge
-        candidates.append(self.solve(ridge))
-    return min(candidates, key=heldout.loss).astype(np.float32)
+    best, least = start_DE, heldout.loss(start_DE)
+    before = math.inf
+    for ridge in sorted(ridges, reverse=True) if np.isfinite(self._gram).all() else ():
+      try:
+        candidate = self.solve(ridge)
+      except np.linalg.LinAlgError:  # massive activations' rounding outweighs so small a ridge
+        break
+      loss = heldout.loss(candidate)
+      if loss < least:
+        best, least = candidate, loss
+      if loss > before:
+        break
+      before = loss
+    return best.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("space", "config"))
 def _regression(
-  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Any, median: float
+  space: LayerSpace, config: ModelConfig, parent: Weights, variants: Variants, batch: Batch, median: float
 ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
   """Features [T, E], the parent's delta [T, D] and token weights [T] of every variant with a last matrix."""
   x, context, real = batch
-  deltas = dict(zip(("attention", "ffn"), parent_deltas(space, config, parent, (x, context)), strict=True))
+  deltas = dict(zip(("attention", "ffn"), parent_deltas(space.parent, config, parent, x, context), strict=True))
   inputs = {"attention": x, "ffn": x + deltas["attention"]}
   weight = token_weights(mean_square(deltas["attention"] + deltas["ffn"]), real, median)
   result = {}
@@ -123,8 +157,7 @@ def fit(
   def equations(batches: Iterable[Batch]) -> dict[str, NormalEquations]:
     result: dict[str, NormalEquations] = {}
     for batch in batches:
-      inputs = (batch.x_BTD, batch.context, batch.real_BT)
-      for name, (features, target, weight) in _regression(space, config, parent, variants, inputs, median).items():
+      for name, (features, target, weight) in _regression(space, config, parent, variants, batch, median).items():
         if name not in result:
           result[name] = NormalEquations(features.shape[1], target.shape[1])
         result[name].add(features, target, weight)

@@ -10,18 +10,24 @@
 import dataclasses
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from puzzle_jax.bld import Distilled
+from puzzle_jax.distil import Distilled
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.store import StageStore
 
 
 def _files(layer: int) -> tuple[str, str]:
   return f"layer_{layer:02d}.safetensors", f"layer_{layer:02d}.json"
+
+
+def _state_file(layer: int, window: int) -> str:
+  return f"state/window_{window}_layer_{layer:02d}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,25 @@ class Library:
 
   @property
   def layers(self) -> list[int]:
-    return sorted(int(name[6:-5]) for name in self.store.names if name.endswith(".json"))
+    found = (re.fullmatch(r"layer_(\d+)\.json", name) for name in self.store.names)
+    return sorted(int(match[1]) for match in found if match)
+
+  # What layers go on from when training tokens come in several windows
+
+  def put_state(self, layer: int, window: int, state: Mapping[str, np.ndarray]) -> None:
+    """Stores what the group of layers from `layer` on goes on from after a window."""
+    self.store.put_arrays(_state_file(layer, window), state)
+    if window:
+      self.store.remove(_state_file(layer, window - 1))
+
+  def has_state(self, layer: int, window: int) -> bool:
+    return _state_file(layer, window) in self.store
+
+  def state(self, layer: int, window: int) -> dict[str, np.ndarray]:
+    return self.store.get_arrays(_state_file(layer, window))
+
+  def forget_state(self, layer: int, window: int) -> None:
+    self.store.remove(_state_file(layer, window))
 
   def put(self, layer: int, distilled: Distilled) -> None:
     """Stores a layer; a variant whose loss is not finite is marked, and never offered to the search."""
@@ -55,7 +79,8 @@ class Library:
     variants = {}
     for name, losses in distilled.losses.items():
       finite = all(math.isfinite(x) for x in losses.values())
-      finite &= all(np.isfinite(w).all() for w in distilled.weights[name].values())
+      own = [w for entry, w in distilled.weights.items() if entry == name or entry.endswith(f"@{name}")]
+      finite &= all(np.isfinite(w).all() for weights in own for w in weights.values())
       curve = distilled.curve.get(name, [])
       variants[name] = {
         "finite": finite,
@@ -64,7 +89,7 @@ class Library:
       }
     weights_file, report_file = _files(layer)
     self.store.put_arrays(weights_file, arrays)
-    self.store.put_json(report_file, {"variants": variants})
+    self.store.put_json(report_file, {"variants": variants, "entries": sorted(distilled.weights)})
 
   def report(self, layer: int) -> dict[str, Any]:
     """All that is recorded of a layer's variants: `finite`, `losses`, `curve`."""
@@ -83,9 +108,10 @@ class Library:
     return {name for name, report in self.report(layer).items() if report["finite"]}
 
   def load_layer(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
-    """All variants' weights, fp32, by variant name; a no-op's are empty."""
-    weights: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.report(layer)}
-    for key, array in self.store.get_arrays(_files(layer)[0]).items():
+    """All variants' weights, fp32, by `Job.entry`; a no-op's are empty."""
+    weights_file, report_file = _files(layer)
+    weights: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.store.get_json(report_file)["entries"]}
+    for key, array in self.store.get_arrays(weights_file).items():
       name, _, weight = key.rpartition("/")
       weights[name][weight] = array
     return weights

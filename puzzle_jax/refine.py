@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax import activations, scoring, search
+from puzzle_jax import scoring, search
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.runs import Run
 from puzzle_jax.scoring import Block, Scorer
@@ -47,15 +47,7 @@ class Children:
 
   @functools.cached_property
   def scorer(self) -> Scorer:
-    config, architecture = self._run.config.scores, self._run.parent.architecture
-    return Scorer(
-      architecture,
-      self._parent,
-      packed=self._run.packed("heldout"),
-      last_RTD=activations.read(self._run.store("activations"), "heldout", architecture.num_layers),
-      batch_rows=config.batch_rows,
-      precision=config.precision,
-    )
+    return scoring.scorer_of(self._run, self._parent)
 
   def block(self, layer: int, name: str) -> Block:
     """A block by name, with its weights."""

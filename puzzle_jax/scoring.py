@@ -17,20 +17,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from puzzle_jax import activations, divergence
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig, Subblock
+from puzzle_jax.bld import Job
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.space import LayerSpace, Space
+
+if TYPE_CHECKING:
+  from puzzle_jax.runs import Run
 
 GRANULARITIES = ("composed", "subblocks")
 METRICS = ("kl", "lm_loss", "cosine", "accuracy")
@@ -83,6 +90,7 @@ class Scorer:
     batch_rows: rows on the device at once.
     precision: of fp32 matrix products on a GPU or TPU, one of `PRECISIONS`.
     task: what `packed` are the rows of, if they are a task's: then `accuracy` is the metric.
+    mesh: the devices, among all of which rows are spread; None: one.
   """
 
   def __init__(
@@ -95,7 +103,10 @@ class Scorer:
     last_RTD: Any = None,
     precision: str = "highest",
     task: Task | None = None,
+    mesh: Mesh | None = None,
   ):
+    self._mesh = mesh or mesh_lib.build(mesh_lib.MeshConfig())
+    params = jax.device_put(dict(params), NamedSharding(self._mesh, P()))
     self._config, self._head = architecture.config, {k: w for k, w in params.items() if k != "layers"}
     self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
     self._parent_specs = set(architecture.blocks)
@@ -103,7 +114,10 @@ class Scorer:
     self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
     starts = range(0, len(packed.tokens), batch_rows)
     self._rows = [
-      (rows, activations.to_context(self._config, packed, rows))
+      (
+        rows,
+        jax.device_put(activations.to_context(self._config, packed, rows), self._spread(packed.rows(rows).num_rows)),
+      )
       for rows in (slice(start, start + batch_rows) for start in starts)
     ]
     if last_RTD is None:
@@ -111,11 +125,18 @@ class Scorer:
     self._batches: list[_Batch] = []
     with jax.default_matmul_precision(precision):
       for rows, context in self._rows:
-        hidden = decoder.final_norm(self._config, self._head, jnp.asarray(last_RTD[rows]))
+        hidden = decoder.final_norm(self._config, self._head, self._put(last_RTD[rows]))
         reference = divergence.reference(decoder.head_weights(self._head), hidden.reshape(-1, hidden.shape[-1]))
-        targets = jnp.asarray(np.roll(packed.tokens[rows], -1, axis=1).reshape(-1))
+        targets = self._put(np.roll(packed.tokens[rows], -1, axis=1)).reshape(-1)
         self._batches.append(_Batch(rows, context, reference, targets))
     self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
+
+  def _spread(self, rows: int) -> NamedSharding:
+    """Over all devices, if rows can be."""
+    return NamedSharding(self._mesh, P(mesh_lib.AXES if rows % self._mesh.size == 0 else None))
+
+  def _put(self, x: Any) -> jax.Array:
+    return jax.device_put(x, self._spread(len(x)))
 
   def _through(self, block: Block, x_BTD: jax.Array, context: subblocks.Context) -> jax.Array:
     """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
@@ -131,11 +152,11 @@ class Scorer:
     found = []
     with jax.default_matmul_precision(self._precision):
       for batch in self._batches:
-        x = jnp.asarray(x_RTD[batch.rows])
+        x = self._put(x_RTD[batch.rows])
         for block in blocks:
           x = self._through(block, x, batch.context)
         found.append(_measure(self._config, self._head, x, batch.reference, batch.targets_T))
-    fetched = jax.device_get(found)
+    fetched = mesh_lib.fetch(found)
     return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
 
   def _scores(self, measured: dict[str, np.ndarray]) -> dict[str, float]:
@@ -179,12 +200,28 @@ class Scorer:
     yield x_RTD
     for block in blocks:
       with jax.default_matmul_precision(self._precision):
-        outputs = [self._through(block, jnp.asarray(x_RTD[rows]), context) for rows, context in self._rows]
-      x_RTD = np.concatenate(jax.device_get(outputs))
+        outputs = [self._through(block, self._put(x_RTD[rows]), context) for rows, context in self._rows]
+      x_RTD = np.concatenate(mesh_lib.fetch(outputs))
       yield x_RTD
 
   def _embedded(self) -> jax.Array:
     return decoder.embed(self._head, self._packed.tokens)
+
+
+def scorer_of(run: "Run", params: Mapping[str, Any], *, task: bool = False) -> Scorer:
+  """The scorer of a run's held-out rows, or of its task's; `params` are the parent's."""
+  config, architecture = run.config.scores, run.parent.architecture
+  name = "task" if task else "heldout"
+  return Scorer(
+    architecture,
+    params,
+    packed=run.task.packed if task and run.task else run.packed(name),
+    last_RTD=activations.read(run.store("activations"), name, architecture.num_layers),
+    batch_rows=config.batch_rows,
+    precision=config.precision,
+    task=run.task if task else None,
+    mesh=run.mesh,
+  )
 
 
 def mean_and_error(sums_R: np.ndarray, tokens_R: np.ndarray) -> tuple[float, float]:
@@ -249,8 +286,9 @@ def rank_correlation(space: Space, scores: Sequence[Scores], *, metric: str) -> 
 
 
 def block_weights(
-  space: LayerSpace, block: BlockSpec, parent: Mapping[str, Any], library: Mapping[str, Any]
+  space: LayerSpace, block: BlockSpec, parent: Mapping[str, Any], library: Mapping[str, Any], *, job: Job | None = None
 ) -> dict[str, Any]:
-  """The weights of a block: the parent's own subblocks, or the library's variants."""
-  own = dict(zip(("attention", "ffn"), space.parent.subblocks, strict=True))
-  return {s.slot: parent[s.slot] if s == own[s.slot] else library[s.id] for s in block.subblocks}
+  """The weights of a block: the parent's own subblocks, or the library's variants; those of a pair with its `job`."""
+  own = space.parent.subblocks
+  names = {s: s.id if job is None else job.entry(s) for s in block.subblocks}
+  return {s.slot: parent[s.slot] if s in own else library[names[s]] for s in block.subblocks}

@@ -12,6 +12,7 @@ from typing import Any
 from puzzle_jax import arch
 from puzzle_jax.arch import Architecture, BlockSpec, Subblock
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.serving.engines import Engine, by_name, objection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ def build(
   ffn: Sequence[str | float],
   ffn_multiple: int,
   layers: Mapping[str, Mapping[str, Any]] | None = None,
+  engine: str = "",
 ) -> Space:
   """The space around a parent.
 
@@ -106,6 +108,7 @@ def build(
     ffn: ratios of the parent's width, or names (`w1024`, `linear`, `none`).
     ffn_multiple: widths from ratios are rounded to a multiple of it.
     layers: overrides for single layers, by index as a string: {"0": {"attention": [], "ffn": [0.5]}}.
+    engine: of `serving.engines.ENGINES`: subblocks that it runs in no block of the layer are left out.
 
   Raises:
     PuzzleError: a name or ratio that does not fit the parent, or a layer that does not exist.
@@ -123,10 +126,20 @@ def build(
       own = block.ffn if variant.slot == "ffn" else block.attention
       if variant.num_params(parent.config) > own.num_params(parent.config):
         raise PuzzleError(f"space: {variant.name} is larger than the parent's {own.name} in layer {i}; remove it")
-    spaces.append(LayerSpace(_unique(block.attention, a), _unique(block.ffn, f)))
+    whole = LayerSpace(_unique(block.attention, a), _unique(block.ffn, f))
+    spaces.append(_that_runs(by_name(engine), i, whole) if engine else whole)
   if overrides:
     raise PuzzleError(f"space.layers: no layers {sorted(overrides)}; the parent has 0 to {parent.num_layers - 1}")
   return Space(tuple(spaces))
+
+
+def _that_runs(engine: Engine, layer: int, space: LayerSpace) -> LayerSpace:
+  """The subblocks with which the engine runs some block; the parent's stay whatever it runs."""
+  able = {s for block in space.blocks if not objection(engine, layer, block.name) for s in block.subblocks}
+  attention, ffn = (
+    tuple(s for s in subblocks if s == subblocks[0] or s in able) for subblocks in (space.attention, space.ffn)
+  )
+  return LayerSpace(attention, ffn)
 
 
 def _unique(parent: Subblock, variants: Sequence[Subblock]) -> tuple[Subblock, ...]:

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax import activations, bld, data, gkd, refine, report, scoring
+from puzzle_jax import activations, bld, coupling, data, gkd, refine, report, scoring
 from puzzle_jax import costs as costs_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
+from puzzle_jax.build_library import Builder
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.data import sampling
 from puzzle_jax.evaluation import quality, tasks
-from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
@@ -136,71 +135,26 @@ def check_target(run: Run) -> None:
 
 
 def make_activations(run: Run, store: StageStore) -> None:
-  config = run.config.activations
   activations.write(
     store,
     run.parent,
-    {name: run.packed(name) for name in activations.SETS} | ({"task": run.task.packed} if run.task else {}),
-    batch_rows=config.batch_rows,
-    compute_dtype=jnp.float32,
-    train_dtype=jnp.dtype(config.dtype),
+    {"heldout": run.packed("heldout")} | ({"task": run.task.packed} if run.task else {}),
+    run.mesh,
+    batch_rows=run.config.activations.batch_rows,
     progress=run.progress,
   )
 
 
 def make_library(run: Run, store: StageStore) -> None:
-  library, stored = Library(store), run.store("activations")
-  architecture = run.parent.architecture
-  packed = {name: run.packed(name) for name in activations.SETS}
-  with run.progress.bar("library", total=architecture.num_layers, unit="layer") as bar:
-    for layer, layer_space in enumerate(run.space.layers):
-      if layer not in library:
-        batches = {
-          name: list(
-            activations.batches(
-              architecture.config,
-              packed[name],
-              activations.read(stored, name, layer),
-              batch_rows=run.config.bld.batch_rows,
-              dtype=jnp.float32,
-            )
-          )
-          for name in activations.SETS
-        }
-        distilled = bld.distil_layer(
-          layer_space,
-          architecture.config,
-          run.parent.layer(layer, np.float32),
-          settings=run.config.bld,
-          statistics=activations.read_statistics(stored, architecture, layer),
-          layer=layer,
-          **batches,
-        )
-        library.put(layer, distilled)
-        for variant in sorted(set(distilled.losses) - library.usable(layer)):
-          run.progress.say(f"library: layer {layer} {variant}: loss not finite; it is left out of the search")
-      bar.update()
+  jobs = [bld.decoupled(layer) for layer in run.space.layers]
+  Builder(run, Library(store), settings=run.config.bld, jobs=lambda layer: jobs[layer]).build()
 
 
 def make_scores(run: Run, store: StageStore) -> None:
-  config, architecture = run.config.scores, run.parent.architecture
-  stored, library, params = run.store("activations"), run.library, run.parent_model.params
-
-  def scorer(name: str, packed: data.PackedText, task: Task | None = None) -> scoring.Scorer:
-    last = activations.read(stored, name, architecture.num_layers)
-    return scoring.Scorer(
-      architecture,
-      params,
-      packed=packed,
-      last_RTD=last,
-      batch_rows=config.batch_rows,
-      precision=config.precision,
-      task=task,
-    )
-
-  scorers = {"heldout": scorer("heldout", run.packed("heldout"))}
+  config, stored, library, params = run.config.scores, run.store("activations"), run.library, run.parent_model.params
+  scorers = {"heldout": scoring.scorer_of(run, params)}
   if run.task is not None:
-    scorers["task"] = scorer("task", run.task.packed, run.task)
+    scorers["task"] = scoring.scorer_of(run, params, task=True)
   todo = []
   for layer, layer_space in enumerate(run.space.layers):
     file = f"layer_{layer:02d}.json"
@@ -208,6 +162,8 @@ def make_scores(run: Run, store: StageStore) -> None:
     done = {*found["blocks"], *found["left_out"]}
     if missing := [b for b in scoring.blocks_to_score(layer_space, config.granularity) if b.name not in done]:
       todo.append((layer, file, found, missing))
+    elif file not in store:  # nothing to choose there
+      store.put_json(file, found)
 
   def load(layer: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {kind: activations.read(stored, kind, layer) for kind in scorers}, library.load_layer(layer)
@@ -261,7 +217,7 @@ def make_search(run: Run, store: StageStore) -> None:
   ]
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
-  with run.progress.bar("search", total=2 + config.refine_rounds, unit="step") as bar:
+  with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
     (solution,) = search_lib.solve(tables, config.limits)
     points = []
     for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.limits):
@@ -291,14 +247,24 @@ def make_search(run: Run, store: StageStore) -> None:
   run.progress.say(f"search: {' '.join(solution.blocks)}")
 
 
+def make_coupled(run: Run, store: StageStore) -> None:
+  if run.config.coupled.wanted:
+    solution = coupling.again(run, store, lambda table: _choices(run, table))
+    store.put_json("solution_0.json", solution.to_json())
+    run.progress.say(f"coupled: {' '.join(solution.blocks)}; {solution.weights.count(coupling.WEIGHTS)} of them pairs")
+
+
 def make_child(run: Run, store: StageStore) -> None:
-  parent, library = run.parent, run.library
-  blocks = tuple(BlockSpec.parse(name) for name in run.solution["blocks"])
+  parent, solution = run.parent, run.solution
+  blocks = tuple(BlockSpec.parse(name) for name in solution["blocks"])
   with run.progress.bar("child", total=len(blocks), unit="layer") as bar, store.put_folder("model") as folder:
 
     def layers() -> Iterator[dict[str, Any]]:
       for i, (layer, block) in enumerate(zip(run.space.layers, blocks, strict=True)):
-        yield scoring.block_weights(layer, block, parent.layer(i, np.float32), library.load_layer(i))
+        pairs = bld.coupled(layer, (block,)) if solution["weights"][i] == coupling.WEIGHTS else ()
+        library = Library(run.store("coupled")) if pairs else run.library
+        job = pairs[0] if pairs else None
+        yield scoring.block_weights(layer, block, parent.layer(i, np.float32), library.load_layer(i), job=job)
         bar.update()
 
     write_checkpoint(
@@ -316,14 +282,16 @@ def make_gkd(run: Run, store: StageStore) -> None:
   child = LanguageModel.open(run.workdir.root / "child" / "model")
   parent = run.parent_model
   checkpoints = store.root / "checkpoints"
-  params, history = gkd.train(
-    (child.architecture, child.params),
-    (parent.architecture, parent.params),
-    run.packed("gkd"),
-    config=run.config.gkd,
-    folder=checkpoints,
-    progress=run.progress,
-  )
+  with run.metrics("gkd") as log:
+    params, history = gkd.train(
+      (child.architecture, child.params),
+      (parent.architecture, parent.params),
+      run.packed("gkd"),
+      config=run.config.gkd,
+      folder=checkpoints,
+      progress=run.progress,
+      log=log,
+    )
   store.put_json("history.json", {"steps": history})
   arrays = jax.device_get(params)
   with store.put_folder("model") as folder:

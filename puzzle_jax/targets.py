@@ -6,6 +6,7 @@ square of a block's output. A token's weight is capped so that none counts for m
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax.activations import Batch
-from puzzle_jax.arch import ModelConfig
+from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.model import subblocks
-from puzzle_jax.space import LayerSpace
 
 SINK_CAP = 10.0
 
@@ -23,12 +23,13 @@ Weights = dict[str, Any]  # of a block by slot, or of a subblock by name
 Variants = dict[str, Weights]  # by `Subblock.id`
 
 
-@functools.partial(jax.jit, static_argnames=("space", "config"))
-def parent_deltas(space: LayerSpace, config: ModelConfig, parent: Weights, batch: Any) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("spec", "config"))
+def parent_deltas(
+  spec: BlockSpec, config: ModelConfig, parent: Weights, x: jax.Array, context: subblocks.Context
+) -> tuple[jax.Array, jax.Array]:
   """What the parent's attention and FFN add, [B, T, D] each."""
-  x, context = batch
-  attention = subblocks.apply(space.attention[0], config, parent["attention"], x, context=context)[0]
-  ffn = subblocks.apply(space.ffn[0], config, parent["ffn"], x + attention, context=context)[0]
+  attention = subblocks.apply(spec.attention, config, parent["attention"], x, context=context)[0]
+  ffn = subblocks.apply(spec.ffn, config, parent["ffn"], x + attention, context=context)[0]
   return attention, ffn
 
 
@@ -55,10 +56,10 @@ def token_weights(square_BT: jax.Array, real_BT: jax.Array, median: jax.Array | 
   return real_BT * jnp.minimum(1.0, SINK_CAP * median / jnp.maximum(square_BT, 1e-30))
 
 
-def scale_of(space: LayerSpace, config: ModelConfig, parent: Weights, heldout: list[Batch]) -> Scale:
+def scale_of(spec: BlockSpec, config: ModelConfig, parent: Weights, heldout: Iterable[Batch]) -> Scale:
   """The normalisers of a layer from its held-out tokens."""
   squares = []
   for batch in heldout:
-    attention, ffn = parent_deltas(space, config, parent, (batch.x_BTD, batch.context))
+    attention, ffn = parent_deltas(spec, config, parent, batch.x, batch.context)
     squares.append(np.asarray(mean_square(attention + ffn))[np.asarray(batch.real_BT) > 0])
   return Scale.of(np.concatenate(squares))

@@ -5,15 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax import activations, arch, bld, surgery
-from puzzle_jax.bld import BLDConfig, Distilled
+from puzzle_jax import activations, arch, bld, distil, memory, mesh, surgery
+from puzzle_jax.bld import BLDConfig
+from puzzle_jax.build_library import order
 from puzzle_jax.data import PackedText
+from puzzle_jax.distil import Distillation, Distilled
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.library import Library
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.store import StageStore
@@ -22,6 +24,7 @@ SPACE = LayerSpace(
   (arch.GQA(2), arch.GQA(1), arch.LinearAttention(), arch.NoAttention()),
   (arch.SwiGLU(32), arch.SwiGLU(8), arch.LinearFFN(), arch.NoFFN()),
 )
+ONE_DEVICE = mesh.build(MeshConfig())
 QUICK = BLDConfig(least_squares=False, steps=0)
 TRAINING = BLDConfig(steps=40, learning_rate=3e-3, warmup_steps=4)
 
@@ -35,16 +38,54 @@ class Layer:
   packed: PackedText
   x: dict[str, np.ndarray]
 
-  def batches(self, name: str, *, rows: int = 16, x: np.ndarray | None = None) -> list[activations.Batch]:
-    x = self.x[name] if x is None else x
-    return list(activations.batches(self.config, self.packed, x, batch_rows=rows, dtype=jnp.float32))
+  def batches(self, x: np.ndarray, *, rows: int = 16) -> list[activations.Batch]:
+    return list(activations.batches(self.config, self.packed, [x], ONE_DEVICE, batch_rows=rows))
 
-  def distil(self, settings: BLDConfig, *, space: LayerSpace = SPACE, **kwargs: Any) -> Distilled:
-    batches = {name: self.batches(name) for name in ("train", "heldout")} | kwargs
-    statistics = {"attention": np.ones(32), "ffn": np.arange(32.0)}
-    return bld.distil_layer(
-      space, self.config, self.weights, settings=settings, statistics=statistics, layer=3, **batches
+  def distil(
+    self,
+    settings: BLDConfig,
+    *,
+    space: LayerSpace = SPACE,
+    jobs: tuple[bld.Job, ...] | None = None,
+    groups: int = 1,
+    layers: int = 1,
+    rows: int = 16,
+    x: dict[str, np.ndarray] | None = None,
+  ) -> list[Distilled]:
+    """Of some layers, all alike but for the first one's input, which is half of the others'."""
+    x = x or self.x
+    inputs = {name: [x[name] * (0.5 if layers > 1 and g == 0 else 1.0) for g in range(layers)] for name in x}
+    jobs = bld.decoupled(space) if jobs is None else jobs
+    first = []
+    for g in range(layers):
+      one = {name: [b.layer(0) for b in self.batches(inputs[name][g], rows=rows)] for name in x}
+      variants = distil.first_weights(
+        space,
+        self.config,
+        self.weights,
+        settings=settings,
+        statistics={"attention": np.ones(32), "ffn": np.arange(32.0)},
+        train=lambda one=one: one["train"],
+        heldout=lambda one=one: one["heldout"],
+      )
+      first.append({job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs})
+    heldout = list(activations.batches(self.config, self.packed, inputs["heldout"], ONE_DEVICE, batch_rows=rows))
+    train = list(activations.batches(self.config, self.packed, inputs["train"], ONE_DEVICE, batch_rows=16))
+    distillation = Distillation(
+      space.parent,
+      self.config,
+      [self.weights] * layers,
+      ONE_DEVICE,
+      jobs=jobs,
+      settings=settings,
+      heldout=lambda: heldout,
+      first=first,
     )
+    chosen = [train[i] for i in order(4, steps=settings.steps, seed=(0, 3))]
+    for g in range(groups):
+      group = distillation.trainable[g::groups]
+      distillation.train(group, iter(chosen), memory.Step(space.parent, group, self.config, settings))
+    return distillation.finish()
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +100,17 @@ def layer(model, packed) -> Layer:
 
 @pytest.fixture(scope="module")
 def trained(layer) -> Distilled:
-  return layer.distil(TRAINING)
+  return layer.distil(TRAINING)[0]
 
 
 @pytest.fixture(scope="module")
 def untrained(layer) -> Distilled:
-  return layer.distil(QUICK, heldout=layer.batches("heldout", rows=64))
+  return layer.distil(QUICK, rows=64)[0]
 
 
 def test_bf16_training_ends_where_fp32_does(layer, trained):
   """Master weights and losses are fp32, so that small steps are not lost."""
-  rough = layer.distil(dataclasses.replace(TRAINING, dtype="bfloat16"))
+  (rough,) = layer.distil(dataclasses.replace(TRAINING, dtype="bfloat16"))
   for name, losses in trained.losses.items():
     assert all(w.dtype == np.float32 for w in rough.weights[name].values())
     assert rough.losses[name]["delta_init"] == losses["delta_init"]
@@ -90,29 +131,17 @@ def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path
   )
   store = StageStore(tmp_path)
   store.begin({})
-  settings: Any = {"batch_rows": 4, "compute_dtype": jnp.float32, "train_dtype": jnp.bfloat16, "progress": quiet}
-  sets = {"train": packed, "heldout": packed}
-  activations.write(store, parent, sets, **settings)
+  activations.write(store, parent, {"heldout": packed}, ONE_DEVICE, batch_rows=4, progress=quiet)
   out = jax.jit(decoder.apply, static_argnums=0)(
     architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids
   ).layers_LBTD
-  inputs = [params["embed"][packed.tokens], *out]
-  for i, expected in enumerate(inputs):
+  for i, expected in enumerate([params["embed"][packed.tokens], *out]):
     np.testing.assert_allclose(activations.read(store, "heldout", i), expected, rtol=1e-5, atol=1e-5)
-    rough = activations.read(store, "train", i)
-    assert rough.dtype == jnp.bfloat16
-    np.testing.assert_allclose(rough.astype(np.float32), expected, rtol=0.1, atol=0.1)
-  x = np.asarray(out[1])[packed.segment_ids > 0]
-  scale = np.asarray(params["layers"][2]["ffn"]["norm"])
-  normed = x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + 1e-5) * scale
-  statistics = activations.read_statistics(store, architecture, 2)  # of what the linear FFN's matrix multiplies
-  np.testing.assert_allclose(statistics["ffn"], np.abs(normed).mean(axis=0), rtol=0.02)  # training rows are rounded
-  assert statistics["attention"].size == 0
 
   content, seen = store.content(), []
   parent.layer = lambda i: seen.append(i) or params["layers"][i]
-  store._forget(activations.layer_file("train", 2))
-  activations.write(store, parent, sets, **settings)
+  store.remove(activations.layer_file("heldout", 2))
+  activations.write(store, parent, {"heldout": packed}, ONE_DEVICE, batch_rows=4, progress=quiet)
   assert (store.content(), seen) == (content, [1])  # goes on where something is missing
 
 
@@ -133,6 +162,96 @@ def test_library_keeps_weights_losses_and_curves(trained, tmp_path):
   assert library.usable(3) == {s.id for s in SPACE.variants}
   with pytest.raises(PuzzleError, match=r"layer 3 has no variant 'ffn.w9'; it has attention.gqa1, .*ffn.w8"):
     library.load(3, "ffn.w9")
+
+
+# Jobs
+
+
+def test_variants_in_groups_and_layers_side_by_side_are_trained_alike(layer, trained):
+  """Jobs are independent: what is trained beside them changes nothing but rounding."""
+  grouped = layer.distil(TRAINING, groups=2)[0]
+  beside = layer.distil(TRAINING, layers=2)[1]
+  for other in (grouped, beside):
+    assert other.losses.keys() == trained.losses.keys()
+    for name, losses in trained.losses.items():
+      assert other.losses[name] == pytest.approx(losses, rel=1e-4, abs=1e-9)
+    for name, curve in trained.curve.items():
+      np.testing.assert_allclose(other.curve[name], curve, rtol=1e-4)
+  assert layer.distil(TRAINING, layers=2)[0].losses["ffn.w8"] != beside.losses["ffn.w8"]
+
+
+def test_a_coupled_pair_does_better_than_its_parts_together(layer, trained):
+  jobs = bld.coupled(SPACE, tuple(map(arch.BlockSpec.parse, ("gqa1/w8", "gqa2/w8", "gqa1/w9"))))
+  assert [job.name for job in jobs] == [
+    "gqa1/w8"
+  ]  # the others keep a subblock of the parent's, or are not in the space
+  (pair,) = layer.distil(TRAINING, jobs=jobs)
+  assert set(pair.weights) == {"attention.gqa1@gqa1/w8", "ffn.w8@gqa1/w8"}
+  apart = Distillation(
+    SPACE.parent,
+    layer.config,
+    [layer.weights],
+    ONE_DEVICE,
+    jobs=jobs,
+    settings=QUICK,
+    heldout=lambda: layer.batches(layer.x["heldout"]),
+    first=[{"gqa1/w8": {s: trained.weights[f"{s}.{n}"] for s, n in (("attention", "gqa1"), ("ffn", "w8"))}}],
+  )
+  (decoupled,) = apart.finish()
+  assert pair.losses["gqa1/w8"]["delta_trained"] < 0.98 * decoupled.losses["gqa1/w8"]["delta_init"]
+
+
+def test_attention_alone_as_the_target_needs_no_ffn(layer, trained, matmul_flops):
+  settings = dataclasses.replace(TRAINING, attention_target="attention")
+  (alone,) = layer.distil(settings)
+  for name, losses in alone.losses.items():
+    if name.startswith("ffn"):
+      assert losses == pytest.approx(trained.losses[name], rel=1e-4)
+  gqa = alone.losses["attention.gqa1"]
+  assert trained.losses["attention.gqa1"]["delta_trained"] < gqa["delta_trained"] < 0.9 * gqa["delta_init"]
+
+
+def test_goes_on_in_a_second_window_as_if_it_were_one(layer, trained):
+  jobs = bld.decoupled(SPACE)
+  weights = {job.name: {s.slot: layer.distil(QUICK)[0].weights[s.id] for s in job.subblocks} for job in jobs}
+  heldout = layer.batches(layer.x["heldout"])
+  train = layer.batches(layer.x["train"])
+  arguments: Any = {"jobs": jobs, "settings": dataclasses.replace(TRAINING, steps=8), "heldout": lambda: heldout}
+
+  def begin(**kwargs: Any) -> Distillation:
+    return Distillation(SPACE.parent, layer.config, [layer.weights], ONE_DEVICE, **arguments, **kwargs)
+
+  def run(distillation: Distillation, batches: list[activations.Batch]) -> None:
+    group = distillation.trainable
+    distillation.train(group, iter(batches), memory.Step(SPACE.parent, group, layer.config, arguments["settings"]))
+
+  whole, first = begin(first=[weights]), begin(first=[weights])
+  run(whole, train * 2)
+  run(first, train)
+  second = begin(state=first.state())
+  run(second, train)
+  (expected,), (found,) = whole.finish(), second.finish()
+  np.testing.assert_equal(found.weights, expected.weights)
+  assert (found.losses, found.curve) == (expected.losses, expected.curve)
+
+
+def test_each_variant_keeps_its_best_weights_and_a_layer_without_gains_ends(layer):
+  """At a rate that first helps and then ruins."""
+  space = LayerSpace(SPACE.attention[:1], SPACE.ffn[:2])
+  settings = dataclasses.replace(
+    QUICK, steps=40, learning_rate=1.0, warmup_steps=20, eval_steps=1, patience=6, clip_norm=1e9
+  )
+  (found,) = layer.distil(settings, space=space)
+  losses, steps = found.losses["ffn.w8"], len(found.curve["ffn.w8"])
+  assert losses["delta_trained"] < losses["delta_init"]
+  assert 6 < steps < 40
+
+
+def test_learning_rates_by_variant(layer, trained):
+  """A rate of nearly nothing leaves one variant where it began, and the others as they were."""
+  (found,) = layer.distil(dataclasses.replace(TRAINING, learning_rates=("ffn.w*=1e-12", "ffn.*=1")))
+  assert found.losses["ffn.w8"]["delta_trained"] == pytest.approx(found.losses["ffn.w8"]["delta_init"], rel=1e-6)
+  assert found.losses["attention.gqa1"] == pytest.approx(trained.losses["attention.gqa1"], rel=1e-4)
 
 
 # Losses
@@ -165,7 +284,7 @@ def test_losses_are_the_definitions(layer, untrained, kind):
 
 def test_a_variant_equal_to_the_parent_has_loss_0(layer):
   same = LayerSpace((arch.GQA(2), arch.GQA(2)), (arch.SwiGLU(32), arch.SwiGLU(32)))
-  for losses in layer.distil(QUICK, space=same).losses.values():
+  for losses in layer.distil(QUICK, space=same)[0].losses.values():
     assert max(losses.values()) < 1e-12
 
 
@@ -205,14 +324,14 @@ def test_training_lowers_the_loss(trained):
 def test_training_never_ends_worse_than_it_began(layer):
   """A learning rate that ruins the variant: the first weights are kept."""
   space = LayerSpace(SPACE.attention[:1], SPACE.ffn[:2])
-  ruined = layer.distil(dataclasses.replace(QUICK, steps=3, learning_rate=10.0), space=space)
+  (ruined,) = layer.distil(dataclasses.replace(QUICK, steps=3, learning_rate=10.0), space=space)
   assert ruined.losses["ffn.w8"]["delta_trained"] > 10 * ruined.losses["ffn.w8"]["delta_init"]
-  np.testing.assert_equal(ruined.weights, layer.distil(QUICK, space=space).weights)
+  np.testing.assert_equal(ruined.weights, layer.distil(QUICK, space=space)[0].weights)
 
 
 def test_least_squares_beats_the_products_and_no_ffn(layer, untrained):
   """Of FFN variants, whose fit is to the loss itself; attention variants still have the parent's FFN behind them."""
-  fitted = layer.distil(dataclasses.replace(QUICK, least_squares=True), heldout=layer.batches("heldout", rows=64))
+  (fitted,) = layer.distil(dataclasses.replace(QUICK, least_squares=True), rows=64)
   loss = {name: losses["delta_init"] for name, losses in fitted.losses.items()}
   before = {name: losses["delta_init"] for name, losses in untrained.losses.items()}
   assert loss["ffn.w8"] < 0.95 * before["ffn.w8"]
@@ -228,7 +347,7 @@ def test_a_poisoned_variant_spoils_no_other(layer, trained, monkeypatch, tmp_pat
     return weights | {"gate": np.full_like(weights["gate"], np.nan)} if spec.id == "ffn.w8" else weights
 
   monkeypatch.setattr(surgery, "initial", poison)
-  poisoned = layer.distil(TRAINING)
+  (poisoned,) = layer.distil(TRAINING)
   assert np.isnan(poisoned.losses["ffn.w8"]["delta_trained"])
   for name in {s.id for s in SPACE.variants} - {"ffn.w8"}:
     np.testing.assert_equal(poisoned.weights[name], trained.weights[name])
@@ -246,8 +365,7 @@ def test_a_poisoned_variant_spoils_no_other(layer, trained, monkeypatch, tmp_pat
 def test_padding_tokens_do_not_matter(layer, trained):
   noise = 100 * np.random.default_rng(9).standard_normal((64, 24, 32), np.float32)
   padding = (layer.packed.segment_ids == 0)[..., None]
-  batches = {name: layer.batches(name, x=np.where(padding, noise, x)) for name, x in layer.x.items()}
-  other = layer.distil(TRAINING, **batches)
+  (other,) = layer.distil(TRAINING, x={name: np.where(padding, noise, x) for name, x in layer.x.items()})
   np.testing.assert_equal(other.weights, trained.weights)
   assert other.losses == trained.losses
 
@@ -258,7 +376,11 @@ def test_padding_tokens_do_not_matter(layer, trained):
     ({"loss": "mse"}, "bld.loss='mse' is not one of delta, paper"),
     ({"dtype": "int8"}, "bld.dtype='int8' is not one of float32, bfloat16"),
     ({"init": "best"}, "bld.init='best' is not one of paper, truncate, random"),
-    ({"steps": -1}, "steps, warmup_steps >= 0, batch_rows >= 1 and learning_rate > 0 are needed"),
+    ({"steps": -1}, "bld.steps=-1 must be at least 0"),
+    ({"batch_rows": 0}, "bld.batch_rows=0 must be at least 1"),
+    ({"learning_rate": 0.0}, "bld.learning_rate=0.0 must be above 0"),
+    ({"learning_rates": ("ffn.linear",)}, r"bld.learning_rates: 'ffn.linear' is not of the form PATTERN=RATE"),
+    ({"patience": 2}, "bld.patience=2 needs bld.eval_steps of at least 1"),
   ],
 )
 def test_refuses(change, message):

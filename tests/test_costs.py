@@ -100,14 +100,14 @@ def test_differences_recover_what_each_subblock_costs(monkeypatch, parent, built
   """A machine on which the seconds of a model are exactly the sum of its parts."""
   parts = SECONDS | {"ffn.none": (0.0, 0.0)}
 
-  def time(programs: Any, rounds: int, tick: Any) -> dict[Any, tuple[float, float]]:
+  def time(programs: Any, rounds: int, tick: Any) -> dict[Any, jax_timing.Timing]:
     result = {}
     for name, phase, slots in programs:
       spec, depth = name
       column = 0 if phase == "prefill" else 1
       layer = sum(parts[s.id][column] for s in spec.subblocks)
       total = FIXED[column] + depth * layer
-      result[name, phase, slots] = (total if phase == "prefill" else total / CHAT.output_tokens, 0.0)
+      result[name, phase, slots] = jax_timing.Timing(total if phase == "prefill" else total / CHAT.output_tokens, 0.0)
     return result
 
   monkeypatch.setattr(jax_timing, "_time", time)
@@ -141,6 +141,9 @@ def test_a_real_timing(model, quiet):
   whole = jax_timing.time_models(models, scenario=CHAT, batch=2, config=config)
   assert whole["parent"]["prefill_s"] > whole["child"]["prefill_s"] > 0
   assert whole["parent"]["decode_s"] > whole["child"]["decode_s"] > 0
+  for phase, rounds in whole["child"]["rounds"].items():
+    assert whole["child"][phase] == pytest.approx(sum(sorted(rounds)[:2]) / 2)  # the faster half of three
+    assert len(rounds) == 3
 
 
 @pytest.mark.parametrize("change", [{"layers": 1}, {"rounds": 0}, {"decode_steps": 0}])

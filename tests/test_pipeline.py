@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,29 +13,38 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import space, stages
+from puzzle_jax import metrics, plan, space, stages
+from puzzle_jax.arch import BlockSpec
+from puzzle_jax.bld import CoupledConfig
+from puzzle_jax.cleaning import clean
 from puzzle_jax.config import RunConfig
-from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
+from puzzle_jax.library import Library
+from puzzle_jax.model.language_model import LanguageModel
+from puzzle_jax.needs import needs
 from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
 from puzzle_jax.refine import Children
-from puzzle_jax.report import closing_table
-from puzzle_jax.runs import Run
+from puzzle_jax.report import closing_table, render
+from puzzle_jax.report.summary import summarise
+from puzzle_jax.runs import Run, open_run
 from puzzle_jax.scoring import Scorer
-from puzzle_jax.store import MANIFEST, Workdir, file_digest
+from puzzle_jax.search.table import Table
+from puzzle_jax.store import MANIFEST, CleanedFileError, Workdir, file_digest
 
 # Of the run below on a CPU. Update them (the test prints the new ones) only with a change that means to change results.
 GOLDEN = {
   "blocks": ["gqa2/w64", "gqa2/w64", "linear/linear", "linear/linear"],
-  "score": 0.32295,
-  "kl_before": 0.30067,
-  "kl_after": 0.29660,
-  "perplexity": 348.86,
-  "gkd_loss": 0.57144,
+  "score": 0.32259,
+  "kl_before": 0.30037,
+  "kl_after": 0.29630,
+  "perplexity": 348.07,
+  "gkd_loss": 0.57477,
 }
 
 
@@ -123,6 +133,78 @@ def test_the_child_is_smaller_and_speaks(finished: Run) -> None:
   assert (finished.workdir.root / "report" / "report.html").stat().st_size > 1e6
 
 
+def test_the_evaluation_says_how_sure_it_is(finished: Run) -> None:
+  evaluation = finished.store("evaluation").get_json("evaluation.json")
+  for when in ("before_gkd", "after_gkd"):
+    found = evaluation[when]
+    assert found["loss_change"] == pytest.approx(math.log(found["perplexity"] / found["parent_perplexity"]), rel=1e-6)
+    assert 0 < found["loss_change_stderr"] < 1
+  rounds = finished.summary["timing_rounds"]
+  assert {model: len(phases["decode_s"]) for model, phases in rounds.items()} == {"parent": 2, "child": 2}
+  assert finished.summary["models"]["child"]["loss_change_stderr"] == evaluation["after_gkd"]["loss_change_stderr"]
+
+
+def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "experiments.report", *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_report_is_made_again_without_weights(config: RunConfig, copy: Path, finished: Run) -> None:
+  for path in copy.rglob("*.safetensors"):
+    path.unlink()
+  page = copy / "report" / "report.html"
+  page.write_text("spoilt")
+  done = report(f"--workdir={copy}")
+  assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(page), "")
+  run = open_run(copy)
+  assert run.store("report").done
+  assert run.store("report").path("report.html") == page  # its checksum is right
+  found = run.summary
+  assert found.pop("command") == finished.summary["command"].replace(str(finished.workdir.root), str(copy))
+  assert found == {k: v for k, v in finished.summary.items() if k != "command"}
+  assert page.read_text() == render(run.summary)
+
+
+def test_two_runs_side_by_side(config: RunConfig, copy: Path, finished: Run, tmp_path: Path) -> None:
+  settings = json.loads((copy / "config.json").read_text())
+  settings["parent"], out = str(tmp_path / "gone"), tmp_path / "both.html"
+  (copy / "config.json").write_text(json.dumps(settings))
+  before = written(copy)
+  done = report(f"--out={out}", "--compare", finished.workdir.root, copy)
+  assert (done.returncode, done.stdout.strip()) == (0, str(out))
+  assert f"{copy}: the figures are those that the run stored" in done.stderr
+  assert "The children have the same blocks." in out.read_text()
+  assert written(copy) == before
+
+
+def test_report_refuses() -> None:
+  done = report("--compare=a,b,c")
+  assert (done.returncode, done.stderr) == (1, "error: --compare takes two runs, got a, b, c\n")
+
+
+def test_the_summary_of_an_unfinished_run_leaves_out_what_is_stale(copy: Path, finished: Run) -> None:
+  run = open_run(copy)
+  run.store("report").begin("another key")
+  run.store("gkd").begin("another key")  # as when a run with another gkd.steps was killed there
+  found = summarise(run)
+  assert [s["name"] for s in found["stages"]] == [
+    "data",
+    "costs",
+    "activations",
+    "library",
+    "scores",
+    "search",
+    "coupled",
+    "child",
+  ]
+  assert not found.keys() & {"gkd", "samples", "before_gkd", "timing_rounds"}
+  assert {k: finished.summary[k] for k in ("scores", "library", "solution", "hardware")}.items() <= found.items()
+  for name, model in found["models"].items():
+    assert model.items() <= finished.summary["models"][name].items()
+    assert "perplexity" not in model
+  assert "Not timed yet" in render(found)
+
+
 def test_a_finished_run_does_nothing(finished: Run, config: RunConfig) -> None:
   before = written(finished.workdir.root)
   puzzle_jax.run(config, finished.workdir.root, quiet=True)
@@ -194,6 +276,102 @@ def test_killed_runs_end_the_same(config: RunConfig, finished: Run, tmp_path: Pa
     assert not Workdir(workdir).stage("evaluation").done
   puzzle_jax.run(config, workdir, quiet=True)
   assert contents(workdir) == contents(finished.workdir.root)
+  assert not Workdir(workdir).stage("data").record["resumed"]
+  assert Workdir(workdir).stage("gkd").record["resumed"]
+  # What was recorded twice is there once, and it is what an undisturbed run records.
+  for folder, steps in [("gkd/metrics", 6), *((f"library/metrics/layer_{i:02d}", 6) for i in range(4))]:
+    found, expected = (metrics.read(root / folder) for root in (workdir, finished.workdir.root))
+    assert [r.pop("step") for r in found] == [r.pop("step") for r in expected] == list(range(1, steps + 1))
+    times = [r.pop("time") for r in found]
+    assert times == sorted(times)
+    assert found == [{k: v for k, v in r.items() if k != "time"} for r in expected]
+  starts = [json.loads(line) for line in (workdir / "launches.jsonl").read_text().splitlines()]
+  assert len(starts) == 4
+  assert all(start["versions"]["jax"] and start["stages"] == [s.name for s in STAGES] for start in starts)
+
+
+def changed_target(config: RunConfig, ratio: float) -> RunConfig:
+  limits = dataclasses.replace(config.search.limits, max_params_ratio=ratio)
+  return dataclasses.replace(config, search=dataclasses.replace(config.search, limits=limits))
+
+
+def test_a_cleaned_run_redoes_only_what_is_needed(config: RunConfig, finished: Run, copy: Path) -> None:
+  run = puzzle_jax.open_run(copy)
+  with run.workdir.lock(), pytest.raises(puzzle_jax.PuzzleError, match="is in use by process"):
+    clean(run)
+  before, order = written(copy), [store.root.name for store in run.workdir.finished()]
+  weights = sum(p.stat().st_size for name in ("activations", "library") for p in (copy / name).rglob("*.safetensors"))
+  assert clean(run) == weights
+  assert clean(run) == 0
+  assert not list(copy.glob("activations/**/*.safetensors"))
+  assert [store.root.name for store in run.workdir.finished()] == order
+  assert (run.summary, run.child.architecture) == (finished.summary, finished.child.architecture)
+  assert run.library.losses(2) == finished.library.losses(2)
+  with pytest.raises(CleanedFileError, match=r"was removed by experiments.clean; delete .*library"):
+    run.library.load(2, "ffn.w32")
+
+  puzzle_jax.run(config, copy, quiet=True)
+  puzzle_jax.run(dataclasses.replace(config, name="other"), copy, quiet=True)
+  assert {name for name, mtime in written(copy).items() if mtime != before[name]} == {"report"}
+  puzzle_jax.run(changed_target(config, 0.6), copy, stages=["search", "activations", "library", "child"], quiet=True)
+  again = {name for name, mtime in written(copy).items() if mtime != before[name]}
+  assert again == {"activations", "library", "search", "child", "report"}
+  assert {**contents(copy), "search": "", "child": ""} == {**contents(finished.workdir.root), "search": "", "child": ""}
+  shutil.rmtree(copy / "report")
+  with pytest.raises(puzzle_jax.PuzzleError, match=r"is not finished \(report to do\)"):
+    clean(puzzle_jax.open_run(copy))
+
+
+def test_stages_of_another_run_are_reused(config: RunConfig, finished: Run, tmp_path: Path) -> None:
+  upto = [s.name for s in STAGES[:6]]
+  run = puzzle_jax.run(
+    changed_target(config, 0.6), tmp_path / "new", stages=upto, reuse=finished.workdir.root, quiet=True
+  )
+  found, expected = contents(run.workdir.root), contents(finished.workdir.root)
+  assert {name for name in upto if found[name] == expected[name]} == {*upto} - {"search"}
+  files = [Path(root) / "library" / "layer_00.safetensors" for root in (run.workdir.root, finished.workdir.root)]
+  assert files[0].samefile(files[1])
+  assert run.store("library").record == finished.store("library").record
+  # What replaces a file leaves the other run's as it is.
+  run.store("data").put_json("data.json", {})
+  assert contents(finished.workdir.root) == expected
+  with pytest.raises(puzzle_jax.PuzzleError, match="reuse='nowhere' is no run's directory"):
+    puzzle_jax.run(config, tmp_path / "a", reuse="nowhere", quiet=True)
+
+
+def test_the_plan_says_what_is_to_do_and_why(
+  config: RunConfig, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  root = finished.workdir.root
+  before = written(root)
+  assert [s.todo for s in plan.make(config, root).stages] == [None] * len(STAGES)
+  longer = dataclasses.replace(config, bld=dataclasses.replace(config.bld, steps=60))
+  planned = plan.make(longer, root)
+  todo = {s.name: s.todo for s in planned.stages if s.todo}
+  assert todo["library"] == "bld.steps 6 -> 60"
+  assert todo["scores"] == "only if library comes out different"
+  names = [s.name for s in STAGES]
+  assert list(todo) == names[names.index("library") :]
+
+  # Seconds: what a run beside it on the same hardware recorded, by FLOPs; else from FLOPs alone.
+  library = next(s for s in planned.stages if s.name == "library")
+  record = finished.store("library").record
+  assert library.seconds == pytest.approx(record["timing"]["seconds"] * library.need.flops / record["flops"])
+  assert 5 < library.need.flops / record["flops"] < 10
+  assert f"from the seconds that {root} took" in str(planned)
+  monkeypatch.setattr(jax_timing, "hardware", lambda: "another machine")
+  rough = plan.make(longer, root.parent / "new")
+  assert "may be off several times" in str(rough)
+  assert next(s for s in rough.stages if s.name == "library").seconds > 0
+  assert not (root.parent / "new").exists()
+  assert written(root) == before
+
+  # Bytes by arithmetic are those of the arrays that were written.
+  need = needs(config, finished.parent.architecture, finished.space)
+  for stage, pattern in (("library", "*"), ("activations", "[th]*/*")):
+    files = (root / stage).glob(f"{pattern}.safetensors")
+    arrays = [a for file in files for a in safetensors.numpy.load_file(file).values()]
+    assert need[stage].disk_bytes == sum(a.nbytes for a in arrays)
 
 
 def test_scores_of_a_task_go_on_within_a_layer(
@@ -230,6 +408,71 @@ def test_scores_of_a_task_go_on_within_a_layer(
     for name, entry in found.items():
       assert entry["accuracy"] * 5 == pytest.approx(round(entry["accuracy"] * 5))
       assert {k: v for k, v in entry.items() if not k.startswith("accuracy")} == text[name]
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_the_library_is_the_same_from_every_tier(config: RunConfig, finished: Run, copy: Path, tier: str) -> None:
+  shutil.rmtree(copy / "library")
+  moved = dataclasses.replace(config, activations=dataclasses.replace(config.activations, tier=tier))
+  run = puzzle_jax.run(moved, copy, stages=["library"], quiet=True)
+  assert run.store("library").content() == finished.store("library").content()
+  assert not list((copy / "library").rglob("c/*"))  # what rolled through is gone
+
+
+def test_layers_side_by_side_make_the_same_library(config: RunConfig, finished: Run, copy: Path) -> None:
+  beside = dataclasses.replace(config, bld=dataclasses.replace(config.bld, layers=3))
+  run = puzzle_jax.run(beside, copy, stages=["library"], quiet=True)
+  for layer in range(4):
+    expected = finished.library.losses(layer)
+    for name, losses in run.library.losses(layer).items():
+      assert losses == pytest.approx(expected[name], rel=1e-3, abs=1e-7), f"{layer} {name}"
+
+
+def test_windows_go_on_where_they_were_killed(
+  config: RunConfig, finished: Run, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Two windows of half of the tokens; the second is cut off in its second layer, and read from the disk again."""
+  small = dataclasses.replace(config.activations, window_tokens=256, tier="disk")
+  windowed = dataclasses.replace(config, activations=small)
+  expected = puzzle_jax.run(windowed, copy, stages=["library"], quiet=True).store("library").content()
+  assert expected != finished.store("library").content()
+  shutil.rmtree(copy / "library")
+  put, calls = Library.put, []
+
+  def cut_off(*args: Any) -> None:
+    calls.append(args[1])
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    put(*args)
+
+  monkeypatch.setattr(Library, "put", cut_off)
+  with pytest.raises(KeyboardInterrupt):
+    puzzle_jax.run(windowed, copy, stages=["library"], quiet=True)
+  run = puzzle_jax.run(windowed, copy, stages=["library"], quiet=True)
+  assert calls == [0, 1, 1, 2, 3]
+  assert run.store("library").content() == expected
+
+
+def test_pairs_trained_together_and_searched_again(config: RunConfig, finished: Run, copy: Path) -> None:
+  pairs = CoupledConfig(blocks=("gqa1/w32",), solutions=1, bld=config.bld)
+  run = puzzle_jax.run(dataclasses.replace(config, coupled=pairs), copy, stages=["coupled", "child"], quiet=True)
+  table = Table.from_json(run.store("coupled").get_json("table.json"))
+  for layer in table.layers:
+    assert "gqa1/w32 (coupled)" in map(str, layer)
+  solution, first = run.solution, finished.solution
+  assert solution["score"] <= first["score"]
+  assert "coupled" in solution["weights"]  # training helped somewhere
+  library, child = Library(run.store("coupled")), LanguageModel.open(copy / "child" / "model")
+  for i, (block, weights) in enumerate(zip(solution["blocks"], solution["weights"], strict=True)):
+    attention, ffn = BlockSpec.parse(block).subblocks
+    found = library.load_layer(i) if weights else finished.library.load_layer(i)
+    for subblock in (attention, ffn):
+      name = f"{subblock.id}@{block}" if weights else subblock.id
+      for k, w in found.get(name, {}).items():
+        np.testing.assert_array_equal(child.params["layers"][i][subblock.slot][k], w)
+  alone = dataclasses.replace(config, coupled=CoupledConfig(blocks=("gqa2/w32",)))
+  with pytest.raises(puzzle_jax.PuzzleError, match=r"coupled.blocks=\('gqa2/w32',\) names none of the space"):
+    puzzle_jax.run(alone, copy, stages=["coupled"], quiet=True)
 
 
 def test_scores_taken_in_a_child(finished: Run) -> None:

@@ -1,10 +1,8 @@
 """The report against its input: every number shown is one of the summary's, and the page needs nothing else."""
 
 import copy
-import html.parser
 import itertools
 import math
-import random
 import re
 import statistics
 import subprocess
@@ -12,153 +10,12 @@ import sys
 from typing import Any
 
 import pytest
+from report_examples import Page, make_summary
 
 from puzzle_jax import scoring
 from puzzle_jax.arch import GQA, NoFFN, SwiGLU
-from puzzle_jax.report import closing, closing_table, plots, render
+from puzzle_jax.report import certainty, closing, closing_table, plots, render
 from puzzle_jax.space import LayerSpace
-
-# What a subblock costs in quality (nats a token in a middle layer) and in time (milliseconds of prefill and decode).
-SUBBLOCKS = {
-  "attention.gqa3": (0.0, 3.4, 41.0),
-  "attention.gqa1": (0.004, 3.1, 38.0),
-  "attention.linear": (0.03, 1.0, 12.0),
-  "attention.none": (0.06, 0.0, 0.0),
-  "ffn.w1536": (0.0, 6.1, 64.0),
-  "ffn.w768": (0.012, 3.2, 33.0),
-  "ffn.linear": (0.05, 1.0, 12.5),
-  "ffn.none": (0.09, 0.0, 0.0),
-}
-
-
-def make_summary(*, layers: int = 30, composed: bool = False, seed: int = 0) -> dict[str, Any]:
-  """A summary such as a run on SmolLM2 writes; the same for the same arguments."""
-  rng = random.Random(seed)
-  attention, ffn = ([i.partition(".")[2] for i in SUBBLOCKS if i.startswith(slot)] for slot in ("attention", "ffn"))
-  parent = f"{attention[0]}/{ffn[0]}"
-  scores: list[dict[str, Any]] = []
-  library: list[dict[str, Any]] = []
-  for layer in range(layers):
-    # The ends of a model matter most; one row of text decides little.
-    weight = 0.3 + 4.0 * math.exp(-layer) + 1.2 * math.exp(layer - layers)
-    here = {}
-    for a, f in itertools.product(attention, ffn):
-      if f"{a}/{f}" == parent or (not composed and a != attention[0] and f != ffn[0]):
-        continue
-      kl = weight * (SUBBLOCKS[f"attention.{a}"][0] + SUBBLOCKS[f"ffn.{f}"][0]) * math.exp(rng.gauss(0, 0.5))
-      error = 0.15 * kl + 2e-4
-      here[f"{a}/{f}"] = {"kl": kl, "kl_stderr": error, "lm_loss": kl * rng.uniform(-0.5, 1.2), "lm_loss_stderr": error}
-    scores.append(here)
-    variants = {}
-    for name, (loss, _, _) in SUBBLOCKS.items():
-      if loss:
-        init = min(1.0, 6 * loss * rng.uniform(0.8, 1.4) + 0.1)
-        trained = init if name.endswith("none") else init * rng.uniform(0.5, 0.8)
-        losses = {"delta_init": init, "delta_trained": trained, "paper_init": init / 50, "paper_trained": trained / 50}
-        variants[name] = {"finite": True, "losses": losses, "curve": [init, (init + trained) / 2, trained]}
-    library.append(variants)
-  kinds = [parent, parent, "gqa3/w768", "none/w1536", "linear/w768", "gqa1/linear", "gqa3/none"]
-  child = [rng.choice(kinds) for _ in range(layers)]
-  seconds = {name: {"prefill_s": p / 1e3, "decode_s": d / 1e3} for name, (_, p, d) in SUBBLOCKS.items()}
-  fixed = {"prefill_s": 0.02, "decode_s": 0.6}
-  models: dict[str, dict[str, Any]] = {}
-  for name, blocks in (("parent", [parent] * layers), ("child", child)):
-    predicted = dict(fixed)
-    for slot, phase in itertools.product((0, 1), fixed):
-      predicted[phase] += sum(seconds[f"{closing.SLOTS[slot]}.{b.split('/')[slot]}"][phase] for b in blocks)
-    is_child = name == "child"
-    measured = {phase: value * rng.uniform(0.97, 1.06) for phase, value in predicted.items()}
-    params: int = 28_312_128 + sum(3_540_096 - 1_769_472 * ("w768" in b) - 884_736 * ("none/" in b) for b in blocks)
-    models[name] = {
-      "params": params,
-      "weight_bytes": 4 * params,
-      "kv_bytes_per_token": sum(1536 * b.startswith("gqa3") + 512 * b.startswith("gqa1") for b in blocks),
-      **measured,
-      **{f"predicted_{k}": v for k, v in predicted.items()},
-      "throughput": 256 / sum(measured.values()),
-      "output_throughput": 128 / sum(measured.values()),
-      "prefill_tokens_per_s": 128 / measured["prefill_s"],
-      "decode_tokens_per_s": 128 / measured["decode_s"],
-      "perplexity": 10.41 if is_child else 9.104,
-      "kl": 0.2134 if is_child else 0.0,
-      "kl_stderr": 0.0121 if is_child else 0.0,
-      "blocks": blocks,
-    }
-  return {
-    "name": "smollm2_135m:quickstart",
-    "date": "2026-11-22",
-    "command": "python -m experiments.run --config=configs/smollm2_135m.py:quickstart --workdir=runs/quickstart",
-    "parent": {"name": "SmolLM2-135M-Instruct", "source": "smollm2-135m", "license": "apache-2.0"},
-    "hardware": "2 cores of AMD EPYC",
-    "versions": {"puzzle_jax": "0.1.0", "jax": "0.10.2", "python": "3.11.7", "git": "abc123"},
-    "target": {
-      "scenario": {"name": "chat", "input_tokens": 128, "output_tokens": 128},
-      "batch": 1,
-      "limits": {"min_speedup": 1.3},
-    },
-    "models": models,
-    "before_gkd": {"perplexity": 12.63, "kl": 0.4021, "kl_stderr": 0.0203},
-    "eval_tokens": 4096,
-    "space": [{"attention": attention, "ffn": ffn}] * layers,
-    "metric": "kl",
-    "scores": scores,
-    "library": library,
-    "costs": {
-      "backend": "jax",
-      "hardware": "2 cores of AMD EPYC",
-      "scenarios": [{"name": "chat", "input_tokens": 128, "output_tokens": 128}],
-      "subblocks": {name: {"chat": {"1": value}} for name, value in seconds.items()},
-      "fixed": {"chat": {"1": fixed}},
-      "details": {"points": []},
-    },
-    "solution": {
-      "blocks": child,
-      "score": 0.3123,
-      "params": models["child"]["params"],
-      "memory_bytes": models["child"]["weight_bytes"] + 256 * models["child"]["kv_bytes_per_token"],
-      "runtime_s": sum(models["child"][f"predicted_{phase}"] for phase in fixed),
-      "throughput": 256 / sum(models["child"][f"predicted_{phase}"] for phase in fixed),
-      "mip_gap": 0.0,
-    },
-    "frontier": [
-      {"min_speedup": s, "score": 0.3123 * math.exp(5 * (s - 1.36)), "throughput": 63.1 * s, "memory_bytes": 4.8e8 / s}
-      for s in (1.6, 1.1, 1.2, 1.3, 1.45)
-    ],
-    "gkd": [
-      {"loss": 2.5 * x + 0.4, "kl": 0.4 * x + 0.2, "cosine": 2.1 * x + 0.2, "lm": 2.4, "gradient_norm": 1 + x}
-      for x in (math.exp(-step / 20) * rng.uniform(0.9, 1.1) for step in range(60))
-    ],
-    "samples": [
-      {
-        "prompt": "What is a neutron star?",
-        "parent": "A neutron star is the collapsed core of a massive star.\nIt is among the densest objects known: "
-        "a teaspoon of it would weigh about a billion tonnes on Earth.",
-        "child": "A neutron star is a very dense star that remains after a supernova. It is made of neutrons and has "
-        "a strong magnetic field.",
-      },
-      {
-        "prompt": "Write a haiku about autumn.",
-        "parent": "Leaves of gold descend,\nA crisp wind through silent trees,\nAutumn's last farewell.",
-        "child": "Autumn leaves fall down,\nThe wind is cold and the sky,\nThe leaves are the leaves.",
-      },
-    ],
-    "stages": [
-      {"name": name, "seconds": seconds, "bytes": size}
-      for name, seconds, size in (
-        ("data", 21.3, 412_000),
-        ("costs", 96.0, 31_000),
-        ("activations", 38.2, 1_170_000_000),
-        ("library", 242.9, 512_000_000),
-        ("scores", 187.4, 64_000),
-        ("search", 1.2, 220_000),
-        ("child", 1.9, 460_000_000),
-        ("gkd", 151.0, 460_000_000),
-        ("evaluation", 42.0, 4_100),
-        ("export", 1.4, 230_000_000),
-      )
-    ],
-    "files": {"child": "gkd/model", "export": "export/hf", "report": "report/report.html"},
-  }
 
 
 @pytest.fixture(scope="module", params=["smollm2", "composed", "tiny"])
@@ -170,37 +27,10 @@ def summary(request: pytest.FixtureRequest) -> dict[str, Any]:
   }[request.param]()
 
 
-class _Page(html.parser.HTMLParser):
-  """Tags with their attributes, headings and visible text of a page."""
-
-  def __init__(self, page: str):
-    super().__init__()
-    self.tags: list[tuple[str, dict[str, str | None]]] = []
-    self.headings: list[str] = []
-    self.text = ""
-    self._open = ""
-    self.feed(page)
-    self.close()
-
-  def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-    self.tags.append((tag, dict(attrs)))
-    self._open = tag
-    if tag == "h2":
-      self.headings.append("")
-
-  def handle_endtag(self, tag: str) -> None:
-    self._open = "" if tag == self._open else self._open
-
-  def handle_data(self, data: str) -> None:
-    if self._open == "h2":
-      self.headings[-1] += data
-    if self._open not in ("script", "style"):
-      self.text = " ".join([*self.text.split(), *data.split()])
-
-
 SECTIONS = [
   "Parent and child",
   "The child's layers",
+  "The stages",
   "What each replacement costs",
   "Attention against FFN",
   "Time saved against quality lost",
@@ -208,6 +38,7 @@ SECTIONS = [
   "The block library",
   "Global distillation",
   "Predicted against measured",
+  "Evaluation",
   "In their own words",
   "The run",
 ]
@@ -219,18 +50,18 @@ def test_report_needs_no_jax() -> None:
 
 
 def test_page_has_every_section_and_figure(summary: dict[str, Any]) -> None:
-  page = _Page(render(summary))
+  page = Page(render(summary))
   assert page.headings == SECTIONS
   assert "Left out" not in page.text
   figures = [attributes["id"] for tag, attributes in page.tags if attributes.get("class") == "plotly-graph-div"]
-  assert figures == [make.__name__ for make in plots.FIGURES]
+  assert sorted(figures) == sorted(["evaluation", *(make.__name__ for make in plots.FIGURES)])
 
 
 def test_page_loads_nothing_and_is_the_same_each_time(summary: dict[str, Any]) -> None:
   text = render(summary)
   assert text == render(copy.deepcopy(summary))
   assert text.count("* plotly.js v") == 1
-  page = _Page(text)
+  page = Page(text)
   assert not [tag for tag, attributes in page.tags if {"src", "href", "srcset", "data", "action"} & set(attributes)]
   style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
   assert style is not None
@@ -245,18 +76,19 @@ def test_page_loads_nothing_and_is_the_same_each_time(summary: dict[str, Any]) -
 def test_page_escapes_what_models_and_people_wrote() -> None:
   evil = "</script><script>alert('x')</script><img src=http://example.com/a.png>"
   summary = make_summary(layers=2)
-  tags = [tag for tag, _ in _Page(render(summary)).tags]
+  tags = [tag for tag, _ in Page(render(summary)).tags]
   for sample in summary["samples"]:
     sample.update(prompt=evil, parent=evil, child=evil)
   summary["name"] = summary["parent"]["name"] = summary["command"] = summary["hardware"] = evil
-  page = _Page(render(summary))
+  summary["config"]["name"] = summary["versions"]["git"] = summary["stages"][0]["name"] = evil
+  page = Page(render(summary))
   assert [tag for tag, _ in page.tags] == tags
-  assert page.text.count(evil) >= 3 * 2
+  assert page.text.count(evil) >= 3 * 2 + 7
 
 
 def test_page_says_what_was_asked_and_found() -> None:
   summary = make_summary()
-  text = _Page(render(summary)).text
+  text = Page(render(summary)).text
   models = summary["models"]
   same = sum(block == "gqa3/w1536" for block in models["child"]["blocks"])
   assert "128 tokens in and 128 out, one request at a time" in text
@@ -266,10 +98,21 @@ def test_page_says_what_was_asked_and_found() -> None:
   speed = models["child"]["throughput"] / models["parent"]["throughput"]
   assert f"{speed:.2f} times as fast" in text
   assert speed >= 1.3
-  assert f"Measured, it meets “at least 1.3 times the parent's speed”: {speed:.3g}." in text
-  assert f"between {0.2134 - 1.96 * 0.0121:#.3g} and {0.2134 + 1.96 * 0.0121:#.3g} (95 % interval)" in text
+  interval = certainty.speedup(summary)
+  assert interval is not None
+  assert f"(95 % interval {interval.low:.2f} to {interval.high:.2f}; prefill " in text
+  assert f"Measured, it meets “at least 1.3 times the parent's speed”: {speed:.3g}" in text
+  half = 2.13145 * 0.0121  # Student's t, 15 degrees of freedom
+  assert f"between {0.2134 - half:#.3g} and {0.2134 + half:#.3g} (95 % interval over 16 rows of text)" in text
+  low, high = (100 * 9.104 / 10.41 * math.exp(sign * 2.13145 * 0.012) for sign in (-1, 1))
+  assert f"the next-token quality between {low:.1f} and {high:.1f} %" in text
+  assert "These errors come from 4 rows of text, and are rough themselves." in text
+  for limit, certain in ((interval.low - 1e-3, True), (interval.low + 1e-3, False), (interval.high + 1e-3, True)):
+    summary["target"]["limits"]["min_speedup"] = limit
+    doubt = "lies within the measurement's interval, so this is not certain."
+    assert (doubt not in Page(render(summary)).text) == certain
   summary["target"]["limits"]["min_speedup"] = 50.0
-  assert "Measured, it misses “at least 50 times the parent's speed”" in _Page(render(summary)).text
+  assert "Measured, it misses “at least 50 times the parent's speed”" in Page(render(summary)).text
   assert "target:   at least 50 times the parent's speed (MISSED: 1." in closing_table(summary)
 
 
@@ -324,13 +167,14 @@ def test_page_lists_the_noise() -> None:
     for entry in layer.values():
       entry["kl_stderr"] = entry["kl"] / 3
   summary["scores"][1]["none/w1536"]["kl_stderr"] = summary["scores"][1]["none/w1536"]["kl"] / 1.9
-  text = _Page(render(summary)).text
+  text = Page(render(summary)).text
   assert "Noise, by block and layer none/w1536 1 " in text
-  assert "1 of 45 block scores are noise (marked below)." in text  # 15 a layer: 6 measured and 9 sums
+  # 15 a layer: 6 measured and 9 sums
+  assert "1 of 45 block scores are noise: less than two standard errors from the parent's 0 (marked below)." in text
   for layer in summary["scores"]:
     for entry in layer.values():
       entry["kl_stderr"] = 0.0
-  assert "The block scores have no standard errors." in _Page(render(summary)).text
+  assert "The block scores have no standard errors." in Page(render(summary)).text
 
 
 def test_marginals_are_means_of_single_replacements() -> None:
@@ -378,10 +222,10 @@ def test_other_figures_hold_the_summarys_numbers(summary: dict[str, Any]) -> Non
     assert list(trace.y) == [step[key] for step in summary["gkd"]]
     assert trace.x[0] == 1
 
-  predicted, measured = figures["predicted_against_measured"].data
-  order = [("parent", "prefill_s"), ("child", "prefill_s"), ("parent", "decode_s"), ("child", "decode_s")]
-  assert list(predicted.y) == [summary["models"][model][f"predicted_{phase}"] for model, phase in order]
-  assert list(measured.y) == [summary["models"][model][phase] for model, phase in order]
+  bars = figures["predicted_against_measured"].data
+  keys = [prefix + phase for prefix in ("predicted_", "") for phase in ("prefill_s", "decode_s")]
+  assert [list(trace.y) for trace in bars] == [[summary["models"][m][k] for m in ("parent", "child")] for k in keys]
+  assert [trace.xaxis for trace in bars] == ["x", "x2"] * 2
 
 
 def test_closing_table_by_hand() -> None:
@@ -496,6 +340,48 @@ def test_number(value: float | None, unit: str, text: str) -> None:
   assert closing.number(value, unit) == text
 
 
+@pytest.mark.parametrize(
+  "seconds,text",
+  [
+    (None, "–"),
+    (0.07588, "75.9 ms"),
+    (3.6305, "3.63 s"),
+    (59.96, "1 min 0 s"),
+    (218.6, "3 min 39 s"),
+    (3599.7, "1 h 0 min"),
+    (4350, "1 h 12 min"),
+  ],
+)
+def test_duration(seconds: float | None, text: str) -> None:
+  assert closing.duration(seconds) == text
+
+
+def test_page_lists_the_stages() -> None:
+  summary = make_summary(layers=3)
+  text = Page(render(summary)).text
+  assert "library distils the variants, one block at a time 4 min 3 s 488.3 MiB" in text
+  assert "all 13 min 3 s" in text
+  assert "Not all stages were made by the same version" not in text
+  summary["stages"][4]["versions"]["git"] = "def456"
+  text = Page(render(summary)).text
+  assert "puzzle_jax 0.1.0, git def456 scores" in text
+
+
+def test_page_of_an_unfinished_run() -> None:
+  """What is there after the search: the child is predicted, not measured."""
+  summary = make_summary(layers=3)
+  for key in ("before_gkd", "eval_tokens", "timing_rounds", "gkd", "samples"):
+    del summary[key]
+  kept = ("params", "blocks", "weight_bytes", "kv_bytes_per_token", "predicted_prefill_s", "predicted_decode_s")
+  summary["models"] = {name: {key: model[key] for key in kept} for name, model in summary["models"].items()}
+  page = Page(render(summary))
+  seconds = {m: sum(summary["models"][m][f"predicted_{p}_s"] for p in ("prefill", "decode")) for m in summary["models"]}
+  speed = seconds["parent"] / seconds["child"]
+  assert "Not evaluated." in page.text
+  assert f"the costs of its blocks predict {speed:.2f} times the parent's speed" in page.text
+  assert page.text.count("Left out") == 4  # global distillation, what is measured, evaluation, samples
+
+
 MISSING = {
   "scores": ["What each replacement costs", "Attention against FFN", "Time saved against quality lost"],
   "space": ["What each replacement costs", "Attention against FFN", "Time saved against quality lost"],
@@ -505,7 +391,8 @@ MISSING = {
   "library": ["The block library"],
   "gkd": ["Global distillation"],
   "samples": ["In their own words"],
-  "models": ["Parent and child", "The child's layers", "Predicted against measured"],
+  "models": ["Parent and child", "The child's layers", "Predicted against measured", "Evaluation"],
+  "stages": ["The stages"],
 }
 
 
@@ -520,7 +407,7 @@ def test_missing_parts_are_left_out_with_a_note(part: str, how: str) -> None:
       summary[key] = None
   if part == "models":
     del summary["before_gkd"]
-  page, text = _Page(render(summary)), closing_table(summary)
+  page, text = Page(render(summary)), closing_table(summary)
   assert page.headings == SECTIONS
   left_out = [tag for tag, attributes in page.tags if attributes.get("class") == "left-out"]
   expected = {h for headings in MISSING.values() for h in headings} if part == "all" else MISSING.get(part, [])
@@ -540,7 +427,7 @@ def test_null_numbers_are_no_numbers() -> None:
   summary["scores"][0]["none/w1536"]["kl"] = None
   summary["library"][0]["ffn.w768"]["losses"]["delta_trained"] = None
   summary["gkd"][0]["cosine"] = None
-  page = _Page(render(summary))
-  assert page.text.count("Left out") == 2  # the table and the speeds
+  page = Page(render(summary))
+  assert page.text.count("Left out") == 3  # the table, the speeds, the evaluation
   assert "None" not in page.text + closing_table(summary)
   assert "none/w1536" not in plots.block_scores(summary)[0]

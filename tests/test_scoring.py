@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from puzzle_jax import activations, arch, divergence, scoring
+from puzzle_jax import activations, arch, divergence, mesh, scoring
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.data import PackedText, target_mask
 from puzzle_jax.errors import PuzzleError
@@ -36,9 +36,7 @@ def stored(parent, packed, quiet, tmp_path_factory) -> list[np.ndarray]:
   store.begin({})
   head = {k: np.asarray(v) for k, v in params.items() if k != "layers"}
   reader: Any = SimpleNamespace(architecture=architecture, head=lambda: head, layer=lambda i: params["layers"][i])
-  sets = dict.fromkeys(activations.SETS, packed)
-  dtypes: Any = {"compute_dtype": jnp.float32, "train_dtype": jnp.float32}
-  activations.write(store, reader, sets, batch_rows=8, progress=quiet, **dtypes)
+  activations.write(store, reader, {"heldout": packed}, mesh.build(mesh.MeshConfig()), batch_rows=8, progress=quiet)
   return [activations.read(store, "heldout", i) for i in range(architecture.num_layers + 1)]
 
 

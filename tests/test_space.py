@@ -78,3 +78,13 @@ def test_refuses(architecture, choices, message):
   defaults = {"attention": [], "ffn": [], "ffn_multiple": 8}
   with pytest.raises(PuzzleError, match=message):
     space.build(architecture("gqa4/w48"), **(defaults | choices))
+
+
+def test_an_engine_narrows_the_space(architecture):
+  parent = architecture("gqa2/w512", "gqa2/w512", hidden_size=64)
+  choices = {"attention": ["gqa", "linear", "none"], "ffn": [0.5, 0.25, "linear", "none"], "ffn_multiple": 128}
+  vllm = space.build(parent, **choices, engine="vllm").layers
+  assert [names(layer.attention) for layer in vllm] == [["gqa2", "gqa1"], ["gqa2", "gqa1", "none"]]
+  assert [names(layer.ffn) for layer in vllm] == [["w512", "w256", "w128", "none"]] * 2
+  portable = space.build(parent, **choices, engine="portable").layers[0]
+  assert names(portable.ffn) == ["w512", "w256"]  # the first layer keeps its attention, and so an FFN

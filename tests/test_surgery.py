@@ -173,6 +173,16 @@ def test_normal_equations_are_weighted_least_squares(problem):
   np.testing.assert_allclose(found.solve(0.1), np.linalg.lstsq(*stacked)[0].T, rtol=1e-4, atol=1e-4)
 
 
+def test_sums_of_many_batches_are_as_good_as_fp64():
+  """2^24 + 1 + 1 + … stays 2^24 in fp32."""
+  found = NormalEquations(1, 1)
+  for value in [2.0**12, *[1.0] * 1000]:
+    found.add(*(np.full(shape, value, np.float32) for shape in ((1, 1), (1, 1))), np.ones(1, np.float32))
+  assert found.solve(0.0) == 1.0
+  assert found.loss(np.zeros((1, 1))) == 1.0
+  assert found._sum("gram") == found._sum("square") == 2**24 + 1000
+
+
 @pytest.mark.parametrize("tokens", [6, 20, 400])  # fewer than features: the fit is all ridge
 def test_the_fit_is_the_best_ridge_and_never_worse_than_the_start(problem, tokens):
   x, y = problem["x"], problem["y"]

@@ -92,35 +92,31 @@ def run_jax() -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
-  from puzzle_jax import bld
+  from puzzle_jax import bld, memory
+  from puzzle_jax.activations import Batch
   from puzzle_jax.costs import jax_timing
   from puzzle_jax.model import decoder
 
   config, space, (rows, tokens) = layer_space(_SHAPES.value)
   settings = bld.BLDConfig(dtype=_DTYPE.value, steps=1000)
   parent, variants = jax.tree.map(jnp.asarray, random_weights(config, space))
-  trained = {name: {k: w for k, w in v.items() if k != "norm"} for name, v in variants.items()}
-  frozen = {name: {"norm": v["norm"]} for name, v in variants.items()}
-  states = {name: settings.optimizer().init(v) for name, v in trained.items()}
-  kept = [s for s in (*space.attention, *space.ffn) if s.id in variants or s in space.parent.subblocks]
-  space = LayerSpace(
-    tuple(s for s in kept if s.slot == "attention"), tuple(s for s in kept if s.slot == "ffn")
-  )  # without no-ops, which have nothing to train
-  x = jnp.asarray(random_input(config, (rows, tokens)))
+  jobs = tuple(job for job in bld.decoupled(space) if job.name in variants)  # not no-ops: nothing is trained there
+  parent, variants = jax.tree.map(lambda w: w[None], (parent, variants))  # one layer
+  trained = bld.split({job.name: {job.replaced[0]: variants[job.name]} for job in jobs})
+  x = jnp.asarray(random_input(config, (rows, tokens)))[None]
   context = decoder.context_of(config, jnp.broadcast_to(jnp.arange(tokens), (rows, tokens)))
-  batch, scale = (x, context, jnp.ones((rows, tokens))), (jnp.float32(1.0), jnp.float32(1.0))
-  state = [trained, states]
+  batch, scale = Batch(x, context, jnp.ones((rows, tokens))), (jnp.ones(1), jnp.ones(1))
+  state = [trained, bld.init_states(settings, trained)]
+  run = memory.Step(space.parent, jobs, config, settings)
   first: list[float] = []
 
   def step() -> None:
-    state[0], state[1], losses = bld.train_step(
-      space, config, settings, parent, state[0], frozen, state[1], batch, scale
-    )
+    state[0], state[1], losses = run(parent, state[0], state[1], batch, scale)
     if not first:
-      first.append(float(sum(losses.values())))
+      first.append(float(sum(loss[0] for loss in losses.values())))
 
   seconds = fastest(step, lambda: jax.block_until_ready(state))
-  memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
   size = 8192 if jax.default_backend() == "gpu" else 2048
   a = jax.random.normal(jax.random.key(1), (size, size)).astype(_DTYPE.value)
   product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest" if _DTYPE.value == "float32" else None))
@@ -131,7 +127,9 @@ def run_jax() -> dict[str, Any]:
 
   matmul = 2 * size**3 / fastest(multiply, lambda: jax.block_until_ready(out))
   versions = jax_timing.versions()
-  return {"first_loss": first[0], "seconds": seconds, "peak_bytes": memory, "matmul_flops_per_s": matmul} | {
+  return {"first_loss": first[0], "seconds": seconds, "peak_bytes": peak, "matmul_flops_per_s": matmul} | {
+    "compiled_bytes": run.compiled_bytes,
+    "planned_bytes": memory.need(space.parent, jobs, config, settings, rows=rows, tokens=tokens).total,
     "hardware": jax_timing.hardware(),
     "versions": versions,
   }

@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +91,15 @@ class _Program:
     return (time.perf_counter() - begin) / steps
 
 
-Timed = dict[Any, tuple[float, float]]  # seconds, and the standard deviation over rounds relative to them
+class Timing(NamedTuple):
+  """Of a program: the mean of its faster half, the standard deviation relative to that, and the seconds by round."""
+
+  seconds: float
+  spread: float
+  rounds: tuple[float, ...] = ()
 
 
-def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable[[], Any]) -> Timed:
+def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable[[], Any]) -> dict[Any, Timing]:
   for program, steps in programs.values():  # compiles and warms up
     program(1)
     program(steps)
@@ -105,7 +110,7 @@ def _time(programs: dict[Any, tuple[_Program, int]], rounds: int, tick: Callable
       seconds[key].append(program(steps))
       tick()
   quiet = {key: statistics.fmean(sorted(s)[: (rounds + 1) // 2]) for key, s in seconds.items()}
-  return {key: (quiet[key], statistics.pstdev(s) / quiet[key]) for key, s in seconds.items()}
+  return {key: Timing(quiet[key], statistics.pstdev(s) / quiet[key], tuple(s)) for key, s in seconds.items()}
 
 
 def _programs_of(
@@ -168,14 +173,14 @@ def measure(
         own, key = cache_length(scenario.tokens), str(batch)
         fits = {}
         for phase, times in (("prefill_s", 1), ("decode_s", scenario.output_tokens)):
-          seconds = [timed[model, phase.removesuffix("_s"), own][0] * times for model in models]
+          seconds = [timed[model, phase.removesuffix("_s"), own].seconds * times for model in models]
           fits[phase] = _fit(models, seconds)
         for s in subblocks:
           costs[s.id].setdefault(scenario.name, {})[key] = {phase: fit.of(s) for phase, fit in fits.items()}
         fixed[scenario.name][key] = {phase: fit.fixed for phase, fit in fits.items()}
-        for ((spec, depth), phase, slots), (seconds_each, spread) in timed.items():
+        for ((spec, depth), phase, slots), found in timed.items():
           point = {"scenario": scenario.name, "batch": batch, "block": spec.name, "layers": depth, "phase": phase}
-          point |= {"cache_slots": slots, "seconds": seconds_each, "spread": spread}
+          point |= {"cache_slots": slots, "seconds": found.seconds, "spread": found.spread}
           if slots == own:
             point["residual"] = fits[f"{phase}_s"].residuals[spec, depth]
           details["points"].append(point)
@@ -241,17 +246,23 @@ def time_models(
   scenario: Scenario,
   batch: int,
   config: TimingConfig,
-) -> dict[str, dict[str, float]]:
-  """Seconds of whole models for a scenario, timed in turn: `prefill_s` and `decode_s` of all output tokens."""
+) -> dict[str, dict[str, Any]]:
+  """Seconds of whole models for a scenario, timed in turn.
+
+  Returns:
+    By model: `prefill_s`, and `decode_s` of all output tokens; and under `rounds` the same of each round, in which
+    the models took turns.
+  """
   own = cache_length(scenario.tokens)
   programs: dict[Any, tuple[_Program, int]] = {}
   for name, (architecture, params) in models.items():
     programs |= _programs_of(name, architecture, params, scenario=scenario, batch=batch, steps=config.decode_steps)
-  timed = _time(programs, config.rounds, lambda: None)
-  return {
-    name: {
-      "prefill_s": timed[name, "prefill", own][0],
-      "decode_s": timed[name, "decode", own][0] * scenario.output_tokens,
+  timed, found = _time(programs, config.rounds, lambda: None), {}
+  for name in models:
+    phases = {
+      "prefill_s": (timed[name, "prefill", own], 1),
+      "decode_s": (timed[name, "decode", own], scenario.output_tokens),
     }
-    for name in models
-  }
+    rounds = {phase: [seconds * times for seconds in timing.rounds] for phase, (timing, times) in phases.items()}
+    found[name] = {phase: timing.seconds * times for phase, (timing, times) in phases.items()} | {"rounds": rounds}
+  return found

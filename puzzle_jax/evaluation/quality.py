@@ -46,7 +46,9 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
     batch_rows: rows on the device at once.
 
   Returns:
-    `kl` (nats a token) with `kl_stderr` over rows, `perplexity`, `parent_perplexity` and `tokens`.
+    `kl` (nats a token), `perplexity`, `parent_perplexity`, `loss_change` (the child's negative log likelihood less the
+    parent's, nats a token: the logarithm of the ratio of perplexities) and `tokens`; `kl_stderr` and
+    `loss_change_stderr`, standard errors over rows, the latter of paired rows.
   """
   sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
   for start in range(0, len(packed.tokens), batch_rows):
@@ -56,9 +58,12 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
       sums[name] += np.asarray(values, np.float64).tolist()
   tokens = np.array(sums["tokens"])
   kl, kl_stderr = mean_and_error(np.array(sums["kl"]), tokens)
+  change, change_stderr = mean_and_error(np.array(sums["child"]) - np.array(sums["parent"]), tokens)
   return {
     "kl": kl,
     "kl_stderr": kl_stderr,
+    "loss_change": change,
+    "loss_change_stderr": change_stderr,
     "perplexity": float(np.exp(np.sum(sums["child"]) / tokens.sum())),
     "parent_perplexity": float(np.exp(np.sum(sums["parent"]) / tokens.sum())),
     "tokens": float(tokens.sum()),

@@ -45,6 +45,16 @@ def number(value: float | None, unit: str = "") -> str:
   return " ".join(part for part in (figures, prefixes[power], "" if unit == "B" else unit) if part)
 
 
+def duration(seconds: float | None) -> str:
+  """For people: `75.9 ms`, `3.63 s`, `3 min 39 s`, `1 h 12 min`."""
+  if seconds is None:
+    return MISSING
+  if seconds < 59.95:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+  minutes, rest = divmod(round(seconds), 60)
+  return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def ratio(child: float | None, parent: float | None) -> float | None:
   """Child over parent, where both are known and the parent's is not 0."""
   return child / parent if child is not None and parent else None
@@ -64,7 +74,7 @@ def speedup(summary: Summary) -> float | None:
   return ratio(lookup(summary, "models", "child", "throughput"), lookup(summary, "models", "parent", "throughput"))
 
 
-def _predicted(summary: Summary, model: str) -> float | None:
+def predicted_throughput(summary: Summary, model: str) -> float | None:
   """Input and output tokens/s, as the costs of the blocks predict."""
   seconds = [lookup(summary, "models", model, f"predicted_{phase}") for phase in ("prefill_s", "decode_s")]
   scenario = lookup(summary, "target", "scenario")
@@ -76,7 +86,7 @@ def _predicted(summary: Summary, model: str) -> float | None:
 
 def prediction_error(summary: Summary, model: str) -> float | None:
   """Predicted over measured throughput, minus 1."""
-  predicted, measured = _predicted(summary, model), lookup(summary, "models", model, "throughput")
+  predicted, measured = predicted_throughput(summary, model), lookup(summary, "models", model, "throughput")
   return predicted / measured - 1 if predicted and measured else None
 
 
@@ -97,11 +107,18 @@ _LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A limit of the search in words, and what was measured of the child; None: it was not timed, or is arithmetic."""
+  """A limit of the search, and what was measured of the child; None: it was not timed, or is arithmetic."""
 
+  name: str
+  limit: float
   words: str
   measured: float | None
   met: bool | None
+
+
+def limit_words(name: str, value: float) -> str:
+  """A field of `search.Limits` and its value, in words."""
+  return _LIMITS.get(name, f"{name} = {{}}").format(number(value, "B" if "bytes" in name else ""))
 
 
 def targets(summary: Summary) -> list[Target]:
@@ -118,10 +135,9 @@ def targets(summary: Summary) -> list[Target]:
   }
   found = []
   for name, limit in (lookup(summary, "target", "limits") or {}).items():
-    words = _LIMITS.get(name, f"{name} = {{}}").format(number(limit, "B" if "bytes" in name else ""))
     value = timed.get(name)
     met = None if value is None else value >= limit if name.startswith("min") else value <= limit
-    found.append(Target(words, value, met))
+    found.append(Target(name, limit, limit_words(name, limit), value, met))
   return found
 
 
@@ -147,7 +163,7 @@ def rows(summary: Summary) -> list[Row]:
     text = MISSING if value is None else f"{value:.3g}" + ("" if error is None else f" ± {error:.2g}")
     return Row(label, "0", text)
 
-  predicted = [_predicted(summary, model) for model in ("parent", "child")]
+  predicted = [predicted_throughput(summary, model) for model in ("parent", "child")]
   errors = [
     MISSING if (error := prediction_error(summary, model)) is None else f"{100 * error:+.1f} %"
     for model in ("parent", "child")
@@ -200,8 +216,11 @@ def strip(summary: Summary) -> dict[str, list[Cell]]:
   """The child's subblocks by slot, one a layer; empty without a child."""
   parent = lookup(summary, "models", "parent", "blocks") or []
   child = lookup(summary, "models", "child", "blocks") or lookup(summary, "solution", "blocks") or []
-  if len(parent) != len(child):
-    return {}
+  return cells_of(parent, child) if len(parent) == len(child) and child else {}
+
+
+def cells_of(parent: Sequence[str], child: Sequence[str]) -> dict[str, list[Cell]]:
+  """A child's subblocks by slot, one a layer, from its blocks and its parent's."""
   cells: dict[str, list[Cell]] = {slot: [] for slot in SLOTS}
   for own, block in zip(parent, child, strict=True):
     for slot, own_name, name in zip(SLOTS, own.split("/"), block.split("/"), strict=True):
@@ -209,7 +228,7 @@ def strip(summary: Summary) -> dict[str, list[Cell]]:
       own_stem, own_size = _split(own_name)
       share = 0.0 if name == "none" else min(size / own_size, 1.0) if stem == own_stem and own_size else 1.0
       cells[slot].append(Cell(name, stem, share, name == own_name))
-  return cells if child else {}
+  return cells
 
 
 def _split(name: str) -> tuple[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from puzzle_jax.report.closing import Summary, lookup, number
 
@@ -227,17 +228,19 @@ def global_distillation(summary: Summary) -> go.Figure | None:
 
 
 def predicted_against_measured(summary: Summary) -> go.Figure | None:
-  """Seconds of prefill and decoding of the whole scenario, of both models."""
-  phases = {"prefill_s": "prefill", "decode_s": "decode"}
-  bars = [(f"{model}<br>{label}", model, key) for key, label in phases.items() for model in ("parent", "child")]
-  figure = go.Figure()
+  """Seconds of prefill and of decoding of the whole scenario, of both models; each phase on its own scale."""
+  phases, models = {"prefill_s": "prefill", "decode_s": "decoding"}, ("parent", "child")
+  figure = make_subplots(1, len(phases), subplot_titles=list(phases.values()), horizontal_spacing=0.16)
   for prefix, name, colour in (("predicted_", "predicted", PARENT), ("", "measured", ATTENTION)):
-    seconds = [lookup(summary, "models", model, prefix + key) for _, model, key in bars]
-    if seconds.count(None) == len(seconds):
+    found = [[lookup(summary, "models", model, prefix + key) for model in models] for key in phases]
+    if all(value is None for seconds in found for value in seconds):
       return None
-    hover = "%{x}<br>%{y:.4g} s<extra>" + name + "</extra>"
-    figure.add_bar(x=[b[0] for b in bars], y=seconds, name=name, marker={"color": colour}, hovertemplate=hover)
-  return _style(figure, height=320, x="", y="seconds")
+    for column, seconds in enumerate(found, start=1):
+      hover = f"%{{x}}, {list(phases.values())[column - 1]}<br>%{{y:.4g}} s<extra>{name}</extra>"
+      bars = {"name": name, "legendgroup": name, "showlegend": column == 1, "marker": {"color": colour}}
+      figure.add_bar(x=models, y=seconds, hovertemplate=hover, row=1, col=column, **bars)
+  _style(figure, height=340, x="", y="seconds").update_layout(margin={"t": 64}, legend={"y": 1.12})
+  return figure.update_yaxes(title="", col=2)
 
 
 _Figure = Callable[[Summary], go.Figure | None]

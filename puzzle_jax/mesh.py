@@ -1,0 +1,116 @@
+"""One mesh for all stages, on JAX's own runtime (docs/architecture.md): axes data, model and layer, each 1 by default.
+
+  data   rows of a batch
+  model  the channels of FFNs
+  layer  neighbouring layers that are distilled side by side
+
+Several processes see one mesh (`jax.distributed`); each holds the rows of its own devices. What a function here is not
+told to shard is the same on every device.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from puzzle_jax.errors import PuzzleError
+
+AXES = ("data", "model", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis."""
+
+  data: int = 1
+  model: int = 1
+  layer: int = 1
+
+  def __post_init__(self) -> None:
+    for name in AXES:
+      if getattr(self, name) < 1:
+        raise PuzzleError(f"mesh.{name}={getattr(self, name)} must be at least 1")
+
+  @property
+  def devices(self) -> int:
+    return self.data * self.model * self.layer
+
+
+def build(config: MeshConfig) -> Mesh:
+  """The mesh of a run.
+
+  Raises:
+    PuzzleError: there are fewer devices, or, with several processes, more.
+  """
+  there = jax.device_count()
+  if config.devices > there or (jax.process_count() > 1 and config.devices != there):
+    raise PuzzleError(
+      f"mesh: data={config.data} x model={config.model} x layer={config.layer} are {config.devices} devices and there "
+      f"are {there} of {jax.default_backend()}; change mesh.data, mesh.model or mesh.layer"
+    )
+  sizes = tuple(getattr(config, name) for name in AXES)
+  auto = (AxisType.Auto,) * len(AXES)  # the compiler places what is in between
+  return jax.make_mesh(sizes, AXES, axis_types=auto, devices=jax.devices()[: config.devices])
+
+
+def _layers(mesh: Mesh, count: int) -> str | None:
+  """The axis of so many layers side by side, if it divides them."""
+  return "layer" if count % mesh.shape["layer"] == 0 else None
+
+
+def rows_spec(mesh: Mesh, rows: int) -> P:
+  """Of a batch of rows, [B, …]: along `data` if that divides them."""
+  return P("data" if rows % mesh.shape["data"] == 0 else None)
+
+
+def rows_of_layers(mesh: Mesh, count: int, rows: int) -> P:
+  """Of what layers side by side read, [G, B, …]."""
+  return P(_layers(mesh, count), *rows_spec(mesh, rows))
+
+
+def _spec_of(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> P:
+  """Of an array of weights, [G, …]: FFN channels lie along `model` if that divides them."""
+  name = getattr(path[-1], "key", None) if path else None
+  axes: list[str | None] = [_layers(mesh, shape[0]), *[None] * (len(shape) - 1)]
+  axis = {"gate": -2, "up": -2, "down": -1}.get(str(name))
+  if axis is not None and len(shape) == 3 and shape[axis] % mesh.shape["model"] == 0:
+    axes[axis] = "model"
+  return P(*axes)
+
+
+def place_layers(mesh: Mesh, tree: Any) -> Any:
+  """Weights, optimiser states and numbers of layers side by side, [G, …], on their devices."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: place(mesh, np.asarray(x), _spec_of(mesh, path, np.shape(x))), tree
+  )
+
+
+def place(mesh: Mesh, whole: np.ndarray, spec: P) -> jax.Array:
+  """An array that every process has, on its devices."""
+  return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec), lambda index: whole[index])
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+  """This process's rows of an array that is sharded over `data` along its first axis."""
+  parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def from_local_rows(mesh: Mesh, local: np.ndarray, rows: int) -> jax.Array:
+  """The inverse of `local_rows`, for an array of so many rows in all."""
+  return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), local, (rows, *local.shape[1:]))
+
+
+def fetch(tree: Any) -> Any:
+  """NumPy arrays of a tree of arrays, whole on every process."""
+
+  def whole(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+  return jax.tree.map(whole, tree)
