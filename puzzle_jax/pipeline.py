@@ -65,7 +65,7 @@ class Stage:
 
 
 STAGES = (
-  Stage("data", stages.make_data, ("data",), ()),
+  Stage("data", stages.make_data, ("data",), (), memory=("data.sampling.batch_rows",)),
   Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target, memory=("costs.batches",)),
   Stage(
     "activations",

@@ -41,14 +41,15 @@ def make_data(run: Run, store: StageStore) -> None:
   }
   shares = config.shares or (1.0,) * len(config.sources)
   with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
-    sources = []
-    for name, share in zip(config.sources, shares, strict=True):
+    found = {}
+    for name in sorted(config.sources, key=lambda name: name == sampling.PARENT):  # what takes longest comes last
       if name == sampling.PARENT:
-        tokens = {part: share / sum(shares) * sum(sets.values()) for part, sets in amounts.items()}
-        sources.append(_parent_text(run, tokens))
+        share = shares[config.sources.index(name)] / sum(shares)
+        found[name] = _parent_text(run, {part: share * sum(sets.values()) for part, sets in amounts.items()})
       else:
-        sources.append(_documents(run, name))
+        found[name] = _documents(run, name)
       bar.update()
+    sources = [found[name] for name in config.sources]
     made = data.pack_sets(
       sources, shares, amounts, run.tokenizer, seq_len=config.seq_len, seed=config.seed, shuffled=("train",)
     )
@@ -60,7 +61,7 @@ def make_data(run: Run, store: StageStore) -> None:
     items = tasks.read_items(config.task, limit=config.task_items)
     store.put_arrays("task.safetensors", tasks.pack(items, run.tokenizer, seq_len=config.seq_len).arrays())
     task = {"task": {"name": Path(config.task).name, "sha256": file_digest(Path(config.task)), "items": len(items)}}
-  found = {
+  record = {
     "tokenizer": run.tokenizer.digest,
     "tokens": {name: mixed.packed.num_tokens for name, mixed in made.items()},
     "sources": [
@@ -73,7 +74,7 @@ def make_data(run: Run, store: StageStore) -> None:
       for i, source in enumerate(sources)
     ],
   }
-  store.put_json("data.json", found | task)
+  store.put_json("data.json", record | task)
 
 
 def _documents(run: Run, source: str) -> data.DocumentSource:

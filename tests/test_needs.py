@@ -54,6 +54,19 @@ def test_a_step_of_global_distillation(
   assert weights < of(architecture, CONFIG)["gkd"].memory_bytes < 4 * weights
 
 
+def test_text_that_the_parent_writes(architecture: Callable[..., Architecture]) -> None:
+  parent = architecture("gqa2/w64")
+  read, half, own = (
+    of(parent, dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, source=source)))["data"]
+    for source in ("stdlib", "stdlib,parent", "parent")
+  )
+  assert (read.flops, read.memory_bytes) == (0, 0)
+  assert own.flops == 2 * half.flops == pytest.approx(1056 * parent.flops_per_token(context=256))
+  cache = jax.eval_shape(lambda: decoder.empty_cache(parent, batch=32, length=256))  # the context, not max_tokens
+  weights = 2 * 4 * parent.num_params()
+  assert own.memory_bytes == half.memory_bytes == weights + sum(x.size * 4 for x in jax.tree.leaves(cache))
+
+
 def test_what_a_need_grows_with(architecture: Callable[..., Architecture]) -> None:
   base = of(architecture("gqa2/w64", "gqa2/w64"), CONFIG)
   deeper = of(architecture(*["gqa2/w64"] * 4), CONFIG)
