@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def parent(folder):
-  return LanguageModel.open(folder)
+def parent(model):
+  return LanguageModel(*model("gqa2/w48", vocab_size=257), tiny_parent.byte_tokenizer())
 
 
 @pytest.fixture(scope="module")
