@@ -15,6 +15,7 @@ from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.data.sampling import SamplingConfig
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation.suite import task_name
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.rolling import ActivationsConfig
@@ -174,14 +175,33 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """Held-out quality, and text of parent and child side by side."""
+  """Held-out quality, tasks, and text of parent and child side by side.
+
+  Attributes:
+    batch_rows: rows of `data.seq_len` tokens, or as many tokens in other rows, on the device at once.
+    prompts: chat messages that both answer.
+    max_new_tokens: of an answer.
+    contexts: lengths at which perplexity and KL are measured as well; empty: `data.seq_len`.
+    texts: paths or globs of other texts to measure them on, `data.eval_tokens` of each.
+    tasks: files of JSON lines (`evaluation.tasks`).
+    task_items: of each task, the first; 0: all.
+  """
 
   batch_rows: int = 2
-  prompts: tuple[str, ...] = ()  # chat messages
+  prompts: tuple[str, ...] = ()
   max_new_tokens: int = 48
+  contexts: tuple[int, ...] = ()
+  texts: tuple[str, ...] = ()
+  tasks: tuple[str, ...] = ()
+  task_items: int = 0
 
   def __post_init__(self) -> None:
     _at_least(1, "evaluation", batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)
+    _at_least(0, "evaluation", task_items=self.task_items)
+    _at_least(2, "evaluation", contexts=min(self.contexts, default=2))
+    names = [task_name(task) for task in self.tasks]
+    if len(set(names)) < len(names):
+      raise PuzzleError(f"evaluation.tasks={self.tasks} must name files of different names, folder and suffix aside")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +245,11 @@ class RunConfig:
         f"data.gkd_tokens={self.data.gkd_tokens} is less than one batch of gkd.batch_rows={self.gkd.batch_rows} rows "
         f"of data.seq_len={self.data.seq_len}; {batch} are needed"
       )
-
+    if max(self.evaluation.contexts, default=0) > self.data.eval_tokens:
+      raise PuzzleError(
+        f"evaluation.contexts={self.evaluation.contexts} has a row longer than all of "
+        f"data.eval_tokens={self.data.eval_tokens}; raise the latter"
+      )
     if self.scores.metric == "accuracy" and not self.data.task:
       raise PuzzleError("scores.metric='accuracy' needs a task; name a file of JSON lines with data.task")
 

@@ -98,14 +98,26 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
       params + 2 * 3 * params * bool(config.gkd.steps),
     ),
     "evaluation": Need(
-      4 * data.eval_tokens * forward
+      (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read
       + 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
-      4 * params + batch(evaluation.batch_rows, *parent.blocks[0].subblocks),
+      4 * params
+      + max(
+        batch(evaluation.batch_rows, *parent.blocks[0].subblocks),
+        max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row
+      ),
     ),
     "export": Need(0, 0, params * _WIDTHS[config.export.dtype] / _FP32),
     "report": Need(disk_bytes=6e6),
   }
+
+
+def _texts(config: RunConfig) -> int:
+  """How often `eval_tokens` are read besides the run's own comparison."""
+  evaluation = config.evaluation
+  if not evaluation.texts and not evaluation.contexts and len(config.data.sources) == 1:
+    return 0
+  return max(len(evaluation.contexts), 1) * (1 + len(evaluation.texts))
 
 
 def _data(config: RunConfig, parent: Architecture) -> Need:

@@ -19,7 +19,7 @@ from puzzle_jax.build_library import Builder
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.data import sampling
-from puzzle_jax.evaluation import quality, tasks
+from puzzle_jax.evaluation import quality, suite, tasks
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
@@ -311,12 +311,17 @@ def make_evaluation(run: Run, store: StageStore) -> None:
   config, parent, child = run.config.evaluation, run.parent_model, run.child
   packed = run.packed("eval")
   teacher = (parent.architecture, parent.params)
+  student = (child.architecture, child.params)
   before = LanguageModel.open(run.workdir.root / "child" / "model")
-  with run.progress.bar("evaluation", total=3 + 2 * len(config.prompts), unit="step") as bar:
-    after_gkd = quality.compare((child.architecture, child.params), teacher, packed, batch_rows=config.batch_rows)
+  with run.progress.bar("evaluation", total=5 + 2 * len(config.prompts), unit="step") as bar:
+    after_gkd = quality.compare(student, teacher, packed, batch_rows=config.batch_rows)
     bar.update()
     before_gkd = quality.compare((before.architecture, before.params), teacher, packed, batch_rows=config.batch_rows)
     del before
+    bar.update()
+    texts = suite.compare_texts(run, student, teacher)
+    bar.update()
+    of_tasks = suite.compare_tasks(run, student, teacher)
     bar.update()
     samples = []
     for prompt in config.prompts:
@@ -326,16 +331,16 @@ def make_evaluation(run: Run, store: StageStore) -> None:
         bar.update()
       samples.append(sample)
     seconds = jax_timing.time_models(
-      {"parent": teacher, "child": (child.architecture, child.params)},
+      {"parent": teacher, "child": student},
       scenario=run.config.costs.scenario,
       batch=run.solution["batch"],
       config=run.config.costs.timing,
     )
     bar.update()
-  store.put_json(
-    "evaluation.json",
-    {"before_gkd": before_gkd, "after_gkd": after_gkd, "samples": samples, "timing": {"seconds": seconds}},
-  )
+  if of_tasks.answers:
+    store.put_arrays("answers.safetensors", of_tasks.answers)
+  record = {"before_gkd": before_gkd, "after_gkd": after_gkd, "texts": texts, "tasks": of_tasks.to_json()}
+  store.put_json("evaluation.json", record | {"samples": samples, "timing": {"seconds": seconds}})
 
 
 def make_export(run: Run, store: StageStore) -> None:

@@ -2,7 +2,7 @@
 
 from puzzle_jax.data.documents import DocumentSource, load_documents
 from puzzle_jax.data.loader import batches
-from puzzle_jax.data.packing import Batch, PackedText, pack, target_mask
+from puzzle_jax.data.packing import Batch, PackedText, pack, relaid, target_mask
 from puzzle_jax.data.sets import MixedSet, pack_sets
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
   "load_documents",
   "pack",
   "pack_sets",
+  "relaid",
   "target_mask",
 ]

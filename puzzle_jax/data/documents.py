@@ -78,7 +78,7 @@ def load_documents(
   elif source.startswith(_TFDS):
     rows, text_field = _registered(source.removeprefix(_TFDS), data_dir, text_field)
   else:
-    paths = _files(source)
+    paths = find_files(source)
     files = tuple(SourceFile(path.name, store.file_digest(path)) for path in paths)
     made_from = store.digest([text_field, *files])
     builder = builders.TextFiles(data_dir=data_dir / made_from[:16], paths=paths, text_field=text_field)
@@ -86,7 +86,12 @@ def load_documents(
   return split(source, rows, heldout_fraction=heldout_fraction, text_field=text_field, files=files)
 
 
-def _files(pattern: str) -> list[Path]:
+def find_files(pattern: str) -> list[Path]:
+  """The text files that a path or glob names.
+
+  Raises:
+    PuzzleError: none, or files of another kind.
+  """
   path = Path(pattern).expanduser()
   found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
   files = [p for p in found if p.is_file()]
