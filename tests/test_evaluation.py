@@ -9,7 +9,7 @@ import scipy.special
 
 import puzzle_jax
 from configs import tiny
-from experiments import tiny_parent
+from experiments import harness, tiny_parent
 from puzzle_jax import data, pipeline
 from puzzle_jax.config import RunConfig
 from puzzle_jax.errors import PuzzleError
@@ -198,6 +198,20 @@ def test_the_page_shows_texts_and_tasks():
   assert f"arc likeliest choice 2,376 {line} arc likeliest a character 2,376 50.0 % 45.0 % –" in page.text
   assert f"last_word greedy target 100 {line} mean likeliest choice or target 2,476 {line}" in page.text
   assert "accuracy, mean of tasks                  50.0 %           45.0 %    0.90×" in closing_table(summary)
+
+
+def test_the_table_of_the_harness():
+  results = {
+    name: {"arc_easy": {"alias": "arc_easy", "acc,none": acc, "acc_stderr,none": 0.01, "acc_norm,none": 0.25}}
+    for name, acc in (("smollm2-135m", 0.5), ("runs/quickstart", 0.45))
+  }
+  heading, *lines = ([*map(str.strip, line.split())] for line in harness.table(results))
+  assert heading == ["task", "metric", "smollm2-135m", "quickstart"]
+  assert lines == [
+    ["arc_easy", "acc", "0.5000", "0.4500", "90.0", "%"],
+    ["arc_easy", "acc_norm", "0.2500", "0.2500", "100.0", "%"],
+  ]
+  assert harness.table({"a": results["runs/quickstart"]})[1].split() == ["arc_easy", "acc", "0.4500"]
 
 
 def test_a_changed_task_redoes_the_evaluation_alone(run, tmp_path):
