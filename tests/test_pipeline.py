@@ -84,9 +84,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
   values.parent = str(folder / "parent")
   values.costs.table = str(folder / "costs.json")
   values.search.limits.min_speedup = 1.5
-  (folder / "task.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 3)
-  values.evaluation.tasks = (str(folder / "task.jsonl"),)
-  values.evaluation.contexts = (32, 64)
   return RunConfig.from_dict(values.to_dict())
 
 
@@ -142,12 +139,24 @@ def test_the_evaluation_says_how_sure_it_is(finished: Run) -> None:
     found = evaluation[when]
     assert found["loss_change"] == pytest.approx(math.log(found["perplexity"] / found["parent_perplexity"]), rel=1e-6)
     assert 0 < found["loss_change_stderr"] < 1
-  assert [(text["context"], text["kl"] > 0) for text in evaluation["texts"]] == [(32, True), (64, True)]
-  assert evaluation["texts"][0].items() >= evaluation["after_gkd"].items()
-  assert finished.summary["tasks"]["tasks"]["task"]["items"] == 3
   rounds = finished.summary["timing_rounds"]
   assert {model: len(phases["decode_s"]) for model, phases in rounds.items()} == {"parent": 2, "child": 2}
   assert finished.summary["models"]["child"]["loss_change_stderr"] == evaluation["after_gkd"]["loss_change_stderr"]
+
+
+def test_tasks_and_contexts_redo_the_evaluation_alone(copy: Path, config: RunConfig, tmp_path: Path) -> None:
+  (tmp_path / "sea.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 3)
+  more = dataclasses.replace(config.evaluation, tasks=(str(tmp_path / "sea.jsonl"),), contexts=(32, 64))
+  before = written(copy)
+  run = puzzle_jax.run(dataclasses.replace(config, evaluation=more), copy, quiet=True)
+  assert {name for name, mtime in written(copy).items() if mtime != before[name]} == {"evaluation", "export", "report"}
+  evaluation = run.store("evaluation").get_json("evaluation.json")
+  assert [(text["context"], text["kl"] > 0) for text in evaluation["texts"]] == [(32, True), (64, True)]
+  assert evaluation["texts"][0].items() >= evaluation["after_gkd"].items()
+  assert run.summary["tasks"] == evaluation["tasks"]
+  assert run.summary["tasks"]["tasks"]["sea"]["items"] == 3
+  assert run.store("evaluation").get_arrays("answers.safetensors")["sea.child"].shape == (3,)
+  assert "sea" in (copy / "report" / "report.html").read_text()
 
 
 def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
