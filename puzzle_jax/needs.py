@@ -92,10 +92,11 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "gkd": Need(
       # The parent forward; the child forward, again in the backward pass, and twice that backward.
       config.gkd.steps * gkd_batch * 5 * forward,
-      8 * params  # parent and child, each in two forms; gradients, AdamW's two, the update
+      (8 + bool(config.gkd.ema) + bool(config.gkd.eval_steps))
+      * params  # parent and child, each in two forms; gradients, AdamW's two, the update
       + config.gkd.batch_rows * row * 4 * parent.num_layers
       + batch(config.gkd.batch_rows, *parent.blocks[0].subblocks),
-      params + 2 * 3 * params * bool(config.gkd.steps),
+      params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
     ),
     "evaluation": Need(
       (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read

@@ -289,6 +289,7 @@ def make_gkd(run: Run, store: StageStore) -> None:
       (parent.architecture, parent.params),
       run.packed("gkd"),
       config=run.config.gkd,
+      heldout=run.packed("heldout"),
       folder=checkpoints,
       progress=run.progress,
       log=log,

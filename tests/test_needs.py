@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from puzzle_jax import gkd, space
@@ -38,12 +37,7 @@ def test_a_step_of_global_distillation(
 ) -> None:
   """The need counts causal attention as half; the program computes all of it: contexts of 24 instead of 12."""
   architecture, params = model("gqa2/w64")
-  state = gkd.State(
-    decoder.stacked(architecture, params),
-    CONFIG.gkd.optimizer().init(decoder.stacked(architecture, params)),
-    jnp.zeros((), jnp.int32),
-    jnp.zeros((1, len(gkd.METRICS))),
-  )
+  state = gkd.State.first(decoder.stacked(architecture, params), CONFIG.gkd)
   program = jax.make_jaxpr(
     lambda s, p: gkd.train_step.__wrapped__(s, packed, p, child=architecture, parent=architecture, config=CONFIG.gkd)
   )(state, decoder.stacked(architecture, params))
