@@ -65,7 +65,7 @@ class Stage:
       "inputs": {name: run.store(name).content(times_too=self.times_too) for name in self.inputs},
     }
     if files := self.files(run.config):
-      key["files"] = {path.name: file_digest(path) for path in files}
+      key["files"] = [(path.name, file_digest(path)) for path in files]
     return json.loads(json.dumps(key))  # as a manifest gives it back: tuples are lists
 
 
