@@ -52,6 +52,7 @@ setup(
   extras_require={
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "export": ["torch>=2.11,<2.14", "transformers>=5.17,<5.24"],
+    "lm_eval": ["lm_eval>=0.4.13,<0.5"],
     "wandb": ["wandb>=0.24,<1"],
     "dev": [
       "hypothesis>=6.100,<7",

@@ -76,6 +76,7 @@ def evaluate(run: Run, children: Children, solution: Solution) -> dict[str, Any]
       (parent.architecture, parent.params),
       run.packed("gkd"),
       config=config,
+      heldout=run.packed("heldout"),
       folder=Path(folder) / "checkpoints",
       progress=run.progress,
     )

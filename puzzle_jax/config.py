@@ -13,7 +13,9 @@ from typing import Any
 from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.data.sampling import SamplingConfig
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation.suite import task_name
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.rolling import ActivationsConfig
@@ -42,7 +44,9 @@ class DataConfig:
   """Text and how it is packed.
 
   Attributes:
-    source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, or `tfds:NAME`.
+    source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, `tfds:NAME`, or `parent` (text that the parent
+      writes); several, separated by commas, are mixed.
+    shares: of the sources in every set, in proportion; empty: equal shares.
     text_field: of JSON lines.
     heldout_fraction: share of the documents that no training stage sees.
     seq_len: tokens a packed row.
@@ -53,9 +57,11 @@ class DataConfig:
     seed: of the order of documents.
     task: multiple-choice items (JSON lines; `evaluation.tasks`) whose accuracy is a score too; empty: none.
     task_items: how many of them.
+    sampling: how the parent writes text.
   """
 
   source: str = "stdlib"
+  shares: tuple[float, ...] = ()
   text_field: str = "text"
   heldout_fraction: float = 0.1
   seq_len: int = 256
@@ -66,8 +72,18 @@ class DataConfig:
   seed: int = 0
   task: str = ""
   task_items: int = 256
+  sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Their names, one by one."""
+    return tuple(name.strip() for name in self.source.split(","))
 
   def __post_init__(self) -> None:
+    if not all(self.sources) or len(set(self.sources)) < len(self.sources):
+      raise PuzzleError(f"data.source={self.source!r} must name sources, each once, separated by commas")
+    if self.shares and (len(self.shares) != len(self.sources) or min(self.shares) <= 0):
+      raise PuzzleError(f"data.shares={self.shares} must be {len(self.sources)} numbers above 0, as data.source names")
     _at_least(2, "data", seq_len=self.seq_len)
     _at_least(1, "data", task_items=self.task_items)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
@@ -160,14 +176,33 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """Held-out quality, and text of parent and child side by side."""
+  """Held-out quality, tasks, and text of parent and child side by side.
+
+  Attributes:
+    batch_rows: rows of `data.seq_len` tokens, or as many tokens in other rows, on the device at once.
+    prompts: chat messages that both answer.
+    max_new_tokens: of an answer.
+    contexts: lengths at which perplexity and KL are measured as well; empty: `data.seq_len`.
+    texts: paths or globs of other texts to measure them on, `data.eval_tokens` of each.
+    tasks: files of JSON lines (`evaluation.tasks`).
+    task_items: of each task, the first; 0: all.
+  """
 
   batch_rows: int = 2
-  prompts: tuple[str, ...] = ()  # chat messages
+  prompts: tuple[str, ...] = ()
   max_new_tokens: int = 48
+  contexts: tuple[int, ...] = ()
+  texts: tuple[str, ...] = ()
+  tasks: tuple[str, ...] = ()
+  task_items: int = 0
 
   def __post_init__(self) -> None:
     _at_least(1, "evaluation", batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)
+    _at_least(0, "evaluation", task_items=self.task_items)
+    _at_least(2, "evaluation", contexts=min(self.contexts, default=2))
+    names = [task_name(task) for task in self.tasks]
+    if len(set(names)) < len(names):
+      raise PuzzleError(f"evaluation.tasks={self.tasks} must name files of different names, folder and suffix aside")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +246,11 @@ class RunConfig:
         f"data.gkd_tokens={self.data.gkd_tokens} is less than one batch of gkd.batch_rows={self.gkd.batch_rows} rows "
         f"of data.seq_len={self.data.seq_len}; {batch} are needed"
       )
-
+    if max(self.evaluation.contexts, default=0) > self.data.eval_tokens:
+      raise PuzzleError(
+        f"evaluation.contexts={self.evaluation.contexts} has a row longer than all of "
+        f"data.eval_tokens={self.data.eval_tokens}; raise the latter"
+      )
     if self.scores.metric == "accuracy" and not self.data.task:
       raise PuzzleError("scores.metric='accuracy' needs a task; name a file of JSON lines with data.task")
 

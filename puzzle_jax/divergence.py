@@ -95,6 +95,27 @@ def _chunk_kl_and_nll(
   return kl_T, nll_T
 
 
+def nll_and_greedy(hidden_TD: jax.Array, head_VD: jax.Array, targets_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Negative log likelihood of the targets (nats), and whether each is the likeliest token, [T], by chunks."""
+  tokens = targets_T.shape[0]
+  chunk = min(TOKEN_CHUNK, tokens)
+
+  def step(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    hidden, targets = inputs
+    logits = dot("td,vd->tv", hidden, head_VD).astype(jnp.float32)
+    of_targets = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - of_targets, jnp.argmax(logits, axis=-1) == targets
+
+  nll, greedy = jax.lax.map(step, (_split(hidden_TD, chunk), _split(targets_T, chunk)))
+  return nll.reshape(-1)[:tokens], greedy.reshape(-1)[:tokens]
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+  """[chunks, chunk, …], the last one padded."""
+  padded = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
+  return padded.reshape(-1, chunk, *x.shape[1:])
+
+
 def kl_and_nll(child: tuple[Any, Any], parent: tuple[Any, Any], targets_T: Any) -> tuple[jax.Array, jax.Array]:
   """KL(parent ‖ child) and the child's negative log likelihood, [T] nats each, by chunks of tokens.
 
@@ -106,13 +127,9 @@ def kl_and_nll(child: tuple[Any, Any], parent: tuple[Any, Any], targets_T: Any) 
   tokens = targets_T.shape[0]
   chunk = min(TOKEN_CHUNK, tokens)
 
-  def split(x: jax.Array) -> jax.Array:
-    padded = jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * (x.ndim - 1))
-    return padded.reshape(-1, chunk, *x.shape[1:])
-
   def step(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden_q, hidden_p, targets = inputs
     return _chunk_kl_and_nll((hidden_q, child[1]), (hidden_p, parent[1]), targets)
 
-  kl, nll = jax.lax.map(step, (split(child[0]), split(parent[0]), split(targets_T)))
+  kl, nll = jax.lax.map(step, tuple(_split(x, chunk) for x in (child[0], parent[0], targets_T)))
   return kl.reshape(-1)[:tokens], nll.reshape(-1)[:tokens]

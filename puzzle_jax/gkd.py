@@ -3,6 +3,7 @@
 loss = cosine + KL (default): the sum over layers of 1 − cos(h_child, h_parent) of the hidden states, and
 KL(parent ‖ child) of the next-token distributions; the LM loss is left out on purpose. The parent runs online, outside
 the gradient.
+The child that comes out is the last one, a moving average of the steps', or the one that was best on held-out rows.
 Checkpoints (orbax) hold weights, optimiser state, loss history and the data iterator, so that a killed run goes on to
 the same child.
 """
@@ -43,6 +44,9 @@ class GKDConfig:
     weight_decay: AdamW's.
     clip_norm: of the whole gradient.
     cosine_weight, kl_weight, lm_weight: the mix of losses.
+    ema: decay of the moving average of the weights (less in the first steps), which then is the child; 0: none.
+    eval_steps: steps between measurements of the KL on held-out rows, after which the best child is kept; 0: none, and
+      the last one is.
     checkpoint_steps: steps between checkpoints.
     dtype: of the matrix products; weights and losses are fp32.
     seed: of the order of rows.
@@ -57,6 +61,8 @@ class GKDConfig:
   cosine_weight: float = 1.0
   kl_weight: float = 1.0
   lm_weight: float = 0.0
+  ema: float = 0.0
+  eval_steps: int = 0
   checkpoint_steps: int = 50
   dtype: str = "float32"
   seed: int = 0
@@ -66,6 +72,10 @@ class GKDConfig:
       raise PuzzleError(f"gkd.dtype={self.dtype!r} is not one of float32, bfloat16")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
       raise PuzzleError(f"gkd: steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed; got {self}")
+    if not 0 <= self.ema < 1 or self.eval_steps < 0:
+      raise PuzzleError(
+        f"gkd: 0 <= ema < 1 and eval_steps >= 0 needed; got ema={self.ema}, eval_steps={self.eval_steps}"
+      )
     if min(self.cosine_weight, self.kl_weight, self.lm_weight) < 0 or not (
       self.cosine_weight + self.kl_weight + self.lm_weight
     ):
@@ -88,12 +98,39 @@ class State:
     optimizer: optax's state.
     step: done so far.
     history: [steps, len(METRICS)] fp32.
+    heldout_kl: [steps] fp32, nats a token; NaN where it was not measured.
+    ema: the moving average of `params`; empty without.
+    best: the child with the lowest `heldout_kl` so far; empty without.
   """
 
   params: Any
   optimizer: Any
   step: jax.Array
   history: jax.Array
+  heldout_kl: jax.Array
+  ema: Any
+  best: Any
+
+  @classmethod
+  def first(cls, params: Any, config: GKDConfig) -> "State":
+    """Before any step; copies `params`, since a step donates its input."""
+
+    def copied(wanted: bool) -> Any:
+      return jax.tree.map(jnp.copy, params) if wanted else {}
+
+    return cls(
+      copied(True),
+      config.optimizer().init(params),
+      jnp.zeros((), jnp.int32),
+      jnp.zeros((config.steps, len(METRICS))),
+      jnp.full(config.steps, jnp.nan),
+      copied(config.ema > 0),
+      copied(config.eval_steps > 0),
+    )
+
+  def child(self, config: GKDConfig) -> Any:
+    """The parameters that would come out now, were they not measured."""
+    return self.ema if config.ema else self.params
 
 
 def _forward(architecture: Architecture, params: Any, batch: data.PackedText, dtype: Any) -> decoder.Output:
@@ -151,11 +188,47 @@ def train_step(
   updates, optimizer = config.optimizer().update(gradient, state.optimizer, state.params)
   metrics = parts | {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
   row = jnp.stack([metrics[name] for name in METRICS])
-  return State(
-    params=optax.apply_updates(state.params, updates),
+  params = optax.apply_updates(state.params, updates)
+  decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+  return dataclasses.replace(
+    state,
+    params=params,
     optimizer=optimizer,
     step=state.step + 1,
     history=state.history.at[state.step].set(row),
+    ema=jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if config.ema else {},
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("child", "parent", "dtype"))
+def _kl(
+  params: Any, batch: data.PackedText, parent_params: Any, *, child: Architecture, parent: Architecture, dtype: str
+) -> jax.Array:
+  return losses((child, params), (parent, parent_params), batch, dtype=jnp.dtype(dtype))["kl"]
+
+
+def measured(
+  state: State,
+  heldout: data.PackedText,
+  parent_params: Any,
+  *,
+  child: Architecture,
+  parent: Architecture,
+  config: GKDConfig,
+) -> State:
+  """The state with the KL of its child on held-out rows noted, and that child kept if it is the best so far."""
+  params, total, tokens = state.child(config), 0.0, 0
+  for start in range(0, heldout.num_rows, config.batch_rows):
+    batch = heldout.rows(slice(start, start + config.batch_rows))
+    count = int(np.sum(data.target_mask(batch.segment_ids)))
+    total += count * float(_kl(params, batch, parent_params, child=child, parent=parent, dtype=config.dtype))
+    tokens += count
+  before = np.asarray(state.heldout_kl)
+  is_best = total / tokens < np.min(before, where=~np.isnan(before), initial=np.inf)
+  return dataclasses.replace(
+    state,
+    heldout_kl=state.heldout_kl.at[state.step - 1].set(total / tokens),
+    best=jax.tree.map(jnp.copy, params) if is_best else state.best,
   )
 
 
@@ -165,17 +238,19 @@ def train(
   packed: data.PackedText,
   *,
   config: GKDConfig,
+  heldout: data.PackedText,
   folder: Path,
   progress: Progress,
   log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> tuple[Any, list[dict[str, float]]]:
-  """Trains the child and returns its parameters and the metrics of each step.
+  """Trains the child and returns its parameters and the metrics of each step, `heldout_kl` where it was measured.
 
   Args:
     child: architecture and "layers" parameters.
     parent: the same of the parent.
     packed: training rows.
     config: how.
+    heldout: rows for `config.eval_steps`.
     folder: for checkpoints; a run that finds some goes on from the last.
     progress: for the bar.
     log: gets each step's number, from 1, and its metrics.
@@ -185,11 +260,7 @@ def train(
   """
   if config.steps == 0:
     return child[1], []
-  # The step donates its input: what stacking has not copied is copied here, so that the caller's stay valid.
-  params = {k: v if k == "runs" else jnp.copy(v) for k, v in decoder.stacked(*child).items()}
-  parent_params = decoder.stacked(*parent)
-  history = jnp.zeros((config.steps, len(METRICS)))
-  state = State(params, config.optimizer().init(params), jnp.zeros((), jnp.int32), history)
+  parent_params, state = decoder.stacked(*parent), State.first(decoder.stacked(*child), config)
   iterator = data.batches(packed, batch_size=config.batch_rows, seed=config.seed)
   _drop_damaged(folder, progress)
   with ocp.training.Checkpointer(
@@ -207,6 +278,9 @@ def train(
       for step in range(int(state.step), config.steps):
         state = train_step(state, next(iterator), parent_params, child=child[0], parent=parent[0], config=config)
         metrics = dict(zip(METRICS, np.asarray(state.history[step]).tolist(), strict=True))
+        if config.eval_steps and ((step + 1) % config.eval_steps == 0 or step + 1 == config.steps):
+          state = measured(state, heldout, parent_params, child=child[0], parent=parent[0], config=config)
+          metrics["heldout_kl"] = float(state.heldout_kl[step])
         log(step + 1, metrics)
         if not np.isfinite(metrics["loss"]):
           raise PuzzleError(
@@ -215,14 +289,17 @@ def train(
           )
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, KL {metrics['kl']:.3f}", refresh=False)
         bar.update()
-        if step + 1 < config.steps or preempted():
+        stop = preempted()
+        if step + 1 < config.steps or stop:
           custom = {"iterator": iterator.get_state()}
-          if checkpoints.save(step + 1, state, custom_metadata=custom, force=preempted()):
+          if checkpoints.save(step + 1, state, custom_metadata=custom, force=stop):
             write_json(_checksums(folder), {str(step + 1): file_digests(folder / str(step + 1))})
-        if preempted():
+        if stop:
           break
-  rows = np.asarray(state.history, np.float64)
-  return decoder.unstacked(child[0], state.params), [dict(zip(METRICS, row.tolist(), strict=True)) for row in rows]
+  rows = [dict(zip(METRICS, row, strict=True)) for row in np.asarray(state.history, np.float64).tolist()]
+  for row, kl in zip(rows, np.asarray(state.heldout_kl, np.float64).tolist(), strict=True):
+    row |= {} if np.isnan(kl) else {"heldout_kl": kl}
+  return decoder.unstacked(child[0], state.best if config.eval_steps else state.child(config)), rows
 
 
 def forget_checkpoints(folder: Path) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from puzzle_jax import bld, flops, memory
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.config import RunConfig
+from puzzle_jax.data.sampling import PARENT
 from puzzle_jax.scoring import blocks_to_score
 from puzzle_jax.space import LayerSpace, Space
 
 _FP32 = 4
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float8": 1}
 _TOKEN_BYTES = 12  # token, segment and position of a packed row
+_TEXT_BYTES = 12  # of a written token as text, in the parts and in the dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Need:
 def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str, Need]:
   """By stage; a stage that is not there needs next to nothing."""
   data, model = config.data, parent.config
-  tokens, context = data.train_tokens + data.heldout_tokens, data.seq_len // 2
+  context = data.seq_len // 2
   window = min(data.train_tokens, config.activations.window_tokens or data.train_tokens)
   params = parent.num_params() * _FP32
   head = params - sum(b.num_params(model) for b in parent.blocks) * _FP32
@@ -62,7 +64,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
   gkd_batch = config.gkd.batch_rows * data.seq_len
   evaluation = config.evaluation
   return {
-    "data": Need(disk_bytes=(tokens + data.gkd_tokens + data.eval_tokens) * _TOKEN_BYTES),
+    "data": _data(config, parent),
     "costs": Need() if config.costs.table else _costs(config, parent, space),
     "activations": Need(
       data.heldout_tokens * sum(layers),
@@ -90,20 +92,50 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "gkd": Need(
       # The parent forward; the child forward, again in the backward pass, and twice that backward.
       config.gkd.steps * gkd_batch * 5 * forward,
-      8 * params  # parent and child, each in two forms; gradients, AdamW's two, the update
+      (8 + bool(config.gkd.ema) + bool(config.gkd.eval_steps))
+      * params  # parent and child, each in two forms; gradients, AdamW's two, the update
       + config.gkd.batch_rows * row * 4 * parent.num_layers
       + batch(config.gkd.batch_rows, *parent.blocks[0].subblocks),
-      params + 2 * 3 * params * bool(config.gkd.steps),
+      params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
     ),
     "evaluation": Need(
-      4 * data.eval_tokens * forward
+      (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read
       + 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
-      4 * params + batch(evaluation.batch_rows, *parent.blocks[0].subblocks),
+      4 * params
+      + max(
+        batch(evaluation.batch_rows, *parent.blocks[0].subblocks),
+        max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row
+      ),
     ),
     "export": Need(0, 0, params * _WIDTHS[config.export.dtype] / _FP32),
     "report": Need(disk_bytes=6e6),
   }
+
+
+def _texts(config: RunConfig) -> int:
+  """How often `eval_tokens` are read besides the run's own comparison."""
+  evaluation = config.evaluation
+  if not evaluation.texts and not evaluation.contexts and len(config.data.sources) == 1:
+    return 0
+  return max(len(evaluation.contexts), 1) * (1 + len(evaluation.texts))
+
+
+def _data(config: RunConfig, parent: Architecture) -> Need:
+  """The packed sets; where the parent writes text, also its weights and KV cache and what writing takes."""
+  data, sampling = config.data, config.data.sampling
+  tokens = data.train_tokens + data.gkd_tokens + data.heldout_tokens + data.eval_tokens
+  if PARENT not in data.sources:
+    return Need(disk_bytes=tokens * _TOKEN_BYTES)
+  shares = data.shares or (1.0,) * len(data.sources)
+  written = tokens * shares[data.sources.index(PARENT)] / sum(shares)
+  width = _WIDTHS[sampling.dtype]
+  cache = parent.kv_bytes_per_token(bytes_per_value=width) * min(sampling.max_tokens, parent.config.max_context)
+  return Need(
+    written * parent.flops_per_token(context=sampling.max_tokens // 2),
+    parent.num_params() * (_FP32 + width) + sampling.batch_rows * cache,
+    tokens * _TOKEN_BYTES + written * _TEXT_BYTES,
+  )
 
 
 def _matrices(subblock: Subblock, parent: Architecture) -> list[tuple[str, tuple[int, ...]]]:

@@ -21,10 +21,11 @@ from puzzle_jax import preflight, stages
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation import suite
 from puzzle_jax.metrics import WandbRun
 from puzzle_jax.needs import needs
 from puzzle_jax.runs import Run, launch_record, versions
-from puzzle_jax.store import CleanedFileError, CorruptFileError, StageStore, Workdir, write_json
+from puzzle_jax.store import CleanedFileError, CorruptFileError, StageStore, Workdir, file_digest, write_json
 
 _HOPELESS = 2  # times the memory there is: by this much the arithmetic of `needs` is not wrong
 
@@ -40,6 +41,7 @@ class Stage:
     inputs: stages whose files it reads.
     times_too: whether it depends on what inputs hold under `timing` as well.
     check: refuses, once the stage is done, what later stages could not make good.
+    files: those outside of the work directory that it reads.
     memory: fields of the config that its memory grows with.
     version: raised when the code changes what it makes.
   """
@@ -50,22 +52,25 @@ class Stage:
   inputs: tuple[str, ...]
   times_too: bool = False
   check: Callable[[Run], None] | None = None
+  files: Callable[[RunConfig], Sequence[Path]] = lambda config: ()
   memory: tuple[str, ...] = ()
   version: int = 1
 
   def key(self, run: Run) -> dict[str, Any]:
     config = run.config.results()
-    key = {
+    key: dict[str, Any] = {
       "version": self.version,
       "parent": run.parent.digest,
       "config": {section: config[section] for section in self.config},
       "inputs": {name: run.store(name).content(times_too=self.times_too) for name in self.inputs},
     }
+    if files := self.files(run.config):
+      key["files"] = [(path.name, file_digest(path)) for path in files]
     return json.loads(json.dumps(key))  # as a manifest gives it back: tuples are lists
 
 
 STAGES = (
-  Stage("data", stages.make_data, ("data",), ()),
+  Stage("data", stages.make_data, ("data",), (), memory=("data.sampling.batch_rows",)),
   Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target, memory=("costs.batches",)),
   Stage(
     "activations",
@@ -112,6 +117,7 @@ STAGES = (
     stages.make_evaluation,
     ("evaluation", "costs"),
     ("data", "child", "gkd", "search", "coupled"),
+    files=lambda config: suite.files(config.evaluation),
     memory=("evaluation.batch_rows",),
     version=2,
   ),

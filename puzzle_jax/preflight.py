@@ -7,6 +7,7 @@ import jax
 
 from puzzle_jax.costs import CostTable
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation import suite, tasks
 from puzzle_jax.runs import Run
 from puzzle_jax.store import read_json
 
@@ -26,6 +27,9 @@ def check(run: Run) -> None:
   _check_device(run)
   _check_cost_table(run)
   _check_context(run)
+  suite.files(run.config.evaluation)
+  for task in run.config.evaluation.tasks:
+    tasks.read_items(task, targets=True)
   tokenizer = run.tokenizer
   if run.config.evaluation.prompts and tokenizer.chat_template is None:
     raise PuzzleError(
@@ -69,6 +73,10 @@ def _check_context(run: Run) -> None:
   if config.data.seq_len > limit:
     raise PuzzleError(
       f"data.seq_len={config.data.seq_len} is more than the parent's context of {limit} tokens; lower it"
+    )
+  if max(config.evaluation.contexts, default=0) > limit:
+    raise PuzzleError(
+      f"evaluation.contexts={config.evaluation.contexts} has more than the parent's context of {limit} tokens; lower it"
     )
   if config.costs.scenario.tokens > limit:
     raise PuzzleError(

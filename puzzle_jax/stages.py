@@ -1,7 +1,9 @@
 """What each stage of the pipeline does: reads files of earlier stages, writes its own."""
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +18,8 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.build_library import Builder
 from puzzle_jax.checkpoint import write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
-from puzzle_jax.evaluation import quality, tasks
+from puzzle_jax.data import sampling
+from puzzle_jax.evaluation import quality, suite, tasks
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
@@ -24,7 +27,7 @@ from puzzle_jax.runs import Run
 from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
-from puzzle_jax.store import StageStore, file_digest, read_json
+from puzzle_jax.store import StageStore, digest, file_digest, read_json
 
 _T = TypeVar("_T")
 _SAVE_EVERY_S = 10.0  # of what is scored within a layer
@@ -36,32 +39,77 @@ def make_data(run: Run, store: StageStore) -> None:
     "train": {"train": config.train_tokens, "gkd": config.gkd_tokens},
     "heldout": {"heldout": config.heldout_tokens, "eval": config.eval_tokens},
   }
-  with run.progress.bar("data", total=1 + len(amounts), unit="split") as bar:
-    documents = data.load_documents(
-      config.source,
-      data_dir=run.workdir.scratch("datasets"),
-      text_field=config.text_field,
-      heldout_fraction=config.heldout_fraction,
-    )
-    bar.update()
-    sizes = {}
-    for split, sets in amounts.items():
-      texts, tokens = getattr(documents, split), sum(sets.values())
-      packed = data.pack(texts, run.tokenizer, seq_len=config.seq_len, max_tokens=tokens, seed=config.seed)
-      start = 0
-      for name, tokens in sets.items():
-        rows = slice(start, start + tokens // config.seq_len)
-        start = rows.stop
-        part = packed.rows(rows)
-        store.put_arrays(f"{name}.safetensors", part._asdict())
-        sizes[name] = part.num_tokens
+  shares = config.shares or (1.0,) * len(config.sources)
+  with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
+    found = {}
+    for name in sorted(config.sources, key=lambda name: name == sampling.PARENT):  # what takes longest comes last
+      if name == sampling.PARENT:
+        share = shares[config.sources.index(name)] / sum(shares)
+        found[name] = _parent_text(run, {part: share * sum(sets.values()) for part, sets in amounts.items()})
+      else:
+        found[name] = _documents(run, name)
       bar.update()
+    sources = [found[name] for name in config.sources]
+    made = data.pack_sets(
+      sources, shares, amounts, run.tokenizer, seq_len=config.seq_len, seed=config.seed, shuffled=("train",)
+    )
+    for name, mixed in made.items():
+      store.put_arrays(f"{name}.safetensors", mixed.packed._asdict())
+    bar.update()
   task = {}
   if config.task:
     items = tasks.read_items(config.task, limit=config.task_items)
     store.put_arrays("task.safetensors", tasks.pack(items, run.tokenizer, seq_len=config.seq_len).arrays())
     task = {"task": {"name": Path(config.task).name, "sha256": file_digest(Path(config.task)), "items": len(items)}}
-  store.put_json("data.json", {"source": documents.name, "digest": documents.digest, "tokens": sizes} | task)
+  record = {
+    "tokenizer": run.tokenizer.digest,
+    "tokens": {name: mixed.packed.num_tokens for name, mixed in made.items()},
+    "sources": [
+      {
+        "name": source.name,
+        "digest": source.digest,
+        "files": [file._asdict() for file in source.files],
+        "rows": {name: mixed.rows_by_source[i] for name, mixed in made.items()},
+      }
+      for i, source in enumerate(sources)
+    ],
+  }
+  store.put_json("data.json", record | task)
+
+
+def _documents(run: Run, source: str) -> data.DocumentSource:
+  config = run.config.data
+  return data.load_documents(
+    source,
+    data_dir=run.workdir.scratch("datasets"),
+    text_field=config.text_field,
+    heldout_fraction=config.heldout_fraction,
+  )
+
+
+def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
+  """Text that the parent writes, with at least so many tokens by part."""
+  config = run.config.data
+  texts = _documents(run, config.sampling.prompts) if "text" in config.sampling.kinds else None
+  made_from = {
+    "version": 1,  # raised when the code changes what is written
+    "parent": run.parent.digest,
+    "tokenizer": run.tokenizer.digest,
+    "sampling": dataclasses.asdict(config.sampling),
+    "prompts": texts.digest if texts else "",
+    "seed": config.seed,
+  }
+  spare = 2 * config.seq_len  # shares are rounded to rows, in two sets a part
+  return sampling.load(
+    lambda: sampling.Sampler(run.parent_model, config.sampling, texts.train if texts else [], seed=config.seed),
+    run.tokenizer,
+    folder=run.workdir.scratch("datasets") / digest(made_from)[:16],
+    part_documents=config.sampling.part_documents,
+    train_tokens=math.ceil(tokens["train"]) + spare,
+    heldout_tokens=math.ceil(tokens["heldout"]) + spare,
+    heldout_fraction=config.heldout_fraction,
+    progress=run.progress,
+  )
 
 
 def make_costs(run: Run, store: StageStore) -> None:
@@ -243,6 +291,7 @@ def make_gkd(run: Run, store: StageStore) -> None:
       (parent.architecture, parent.params),
       run.packed("gkd"),
       config=run.config.gkd,
+      heldout=run.packed("heldout"),
       folder=checkpoints,
       progress=run.progress,
       log=log,
@@ -265,12 +314,17 @@ def make_evaluation(run: Run, store: StageStore) -> None:
   config, parent, child = run.config.evaluation, run.parent_model, run.child
   packed = run.packed("eval")
   teacher = (parent.architecture, parent.params)
+  student = (child.architecture, child.params)
   before = LanguageModel.open(run.store("child").folder("model"))
-  with run.progress.bar("evaluation", total=3 + 2 * len(config.prompts), unit="step") as bar:
-    after_gkd = quality.compare((child.architecture, child.params), teacher, packed, batch_rows=config.batch_rows)
+  with run.progress.bar("evaluation", total=5 + 2 * len(config.prompts), unit="step") as bar:
+    after_gkd = quality.compare(student, teacher, packed, batch_rows=config.batch_rows)
     bar.update()
     before_gkd = quality.compare((before.architecture, before.params), teacher, packed, batch_rows=config.batch_rows)
     del before
+    bar.update()
+    texts = suite.compare_texts(run, student, teacher)
+    bar.update()
+    of_tasks = suite.compare_tasks(run, student, teacher)
     bar.update()
     samples = []
     for prompt in config.prompts:
@@ -280,16 +334,16 @@ def make_evaluation(run: Run, store: StageStore) -> None:
         bar.update()
       samples.append(sample)
     seconds = jax_timing.time_models(
-      {"parent": teacher, "child": (child.architecture, child.params)},
+      {"parent": teacher, "child": student},
       scenario=run.config.costs.scenario,
       batch=run.solution["batch"],
       config=run.config.costs.timing,
     )
     bar.update()
-  store.put_json(
-    "evaluation.json",
-    {"before_gkd": before_gkd, "after_gkd": after_gkd, "samples": samples, "timing": {"seconds": seconds}},
-  )
+  if of_tasks.answers:
+    store.put_arrays("answers.safetensors", of_tasks.answers)
+  record = {"before_gkd": before_gkd, "after_gkd": after_gkd, "texts": texts, "tasks": of_tasks.to_json()}
+  store.put_json("evaluation.json", record | {"samples": samples, "timing": {"seconds": seconds}})
 
 
 def make_export(run: Run, store: StageStore) -> None:

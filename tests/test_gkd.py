@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 
@@ -130,7 +131,13 @@ class Training:
     with monkeypatch.context() as patch:
       patch.setattr(gkd, "train_step", counted)
       return gkd.train(
-        self.child, self.parent, self.packed, config=config, folder=folder, progress=Progress(quiet=quiet)
+        self.child,
+        self.parent,
+        self.packed,
+        config=config,
+        heldout=self.packed.rows(slice(3)),
+        folder=folder,
+        progress=Progress(quiet=quiet),
       )
 
 
@@ -201,6 +208,40 @@ def test_a_damaged_checkpoint_is_not_used(training, undisturbed, monkeypatch, tm
   jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
 
 
+BEST = dataclasses.replace(CONFIG, eval_steps=2, ema=0.6)
+
+
+def test_the_best_child_is_kept_and_a_kill_changes_nothing(training, child, parent, monkeypatch, tmp_path):
+  """The fourth step and those behind it go uphill; the average is measured, and is what comes out."""
+  uphill = optax.sgd(lambda step: jnp.where(step < 3, 0.05, -0.5))
+  monkeypatch.setattr(GKDConfig, "optimizer", lambda self: uphill)
+  params, history = training.run(tmp_path / "whole", monkeypatch, config=BEST)
+  measured = {i: row["heldout_kl"] for i, row in enumerate(history, 1) if "heldout_kl" in row}
+  assert [*measured] == [2, 4, 6]
+  best = min(measured, key=lambda step: measured[step])
+  assert best != 6  # else the last one would do
+  heldout = training.packed.rows(slice(3))
+  assert losses(params, parent[1], heldout, child[0], parent[0])["kl"] == pytest.approx(measured[best], rel=1e-4)
+  with pytest.raises(KeyboardInterrupt):
+    training.run(tmp_path / "killed", monkeypatch, die_after=5, config=BEST)
+  again = training.run(tmp_path / "killed", monkeypatch, config=BEST)
+  assert training.steps == 2
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((again[0], params)))
+  assert again[1] == history
+
+
+def test_the_average_is_that_of_the_steps(child, parent, packed):
+  config = dataclasses.replace(CONFIG, ema=0.15)
+  stacked, state = decoder.stacked(*parent), gkd.State.first(decoder.stacked(*child), config)
+  expected = jax.device_get(state.params)
+  for decay in (0.1, 0.15, 0.15):  # (1 + 0) / (10 + 0) at first
+    state = gkd.train_step(state, packed.rows(slice(4)), stacked, child=child[0], parent=parent[0], config=config)
+    new = jax.device_get(state.params)
+    expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, new)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.ema), expected)
+  assert np.any(new["norm"] != expected["norm"])
+
+
 def test_a_loss_that_is_not_finite_is_named(training, child, monkeypatch, tmp_path):
   bad = Training((child[0], child[1] | {"norm": jnp.full(32, jnp.nan)}), training.parent, training.packed)
   with pytest.raises(PuzzleError, match=r"the loss of step 1 is nan; .* lower gkd.learning_rate \(0.003\)"):
@@ -214,6 +255,8 @@ def test_no_steps_leave_the_child_as_it_is(training, child, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
   "change, message",
   [
+    ({"ema": 1.0}, "0 <= ema < 1 and eval_steps >= 0 needed; got ema=1.0"),
+    ({"eval_steps": -1}, "got ema=0.0, eval_steps=-1"),
     ({"steps": -1}, "steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed"),
     ({"kl_weight": -1.0}, "the loss weights must not be negative"),
     ({"kl_weight": 0.0, "cosine_weight": 0.0}, "one of them must be above 0"),

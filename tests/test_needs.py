@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from puzzle_jax import gkd, space
@@ -38,12 +37,7 @@ def test_a_step_of_global_distillation(
 ) -> None:
   """The need counts causal attention as half; the program computes all of it: contexts of 24 instead of 12."""
   architecture, params = model("gqa2/w64")
-  state = gkd.State(
-    decoder.stacked(architecture, params),
-    CONFIG.gkd.optimizer().init(decoder.stacked(architecture, params)),
-    jnp.zeros((), jnp.int32),
-    jnp.zeros((1, len(gkd.METRICS))),
-  )
+  state = gkd.State.first(decoder.stacked(architecture, params), CONFIG.gkd)
   program = jax.make_jaxpr(
     lambda s, p: gkd.train_step.__wrapped__(s, packed, p, child=architecture, parent=architecture, config=CONFIG.gkd)
   )(state, decoder.stacked(architecture, params))
@@ -52,6 +46,19 @@ def test_a_step_of_global_distillation(
 
   weights = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer, params)))
   assert weights < of(architecture, CONFIG)["gkd"].memory_bytes < 4 * weights
+
+
+def test_text_that_the_parent_writes(architecture: Callable[..., Architecture]) -> None:
+  parent = architecture("gqa2/w64")
+  read, half, own = (
+    of(parent, dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, source=source)))["data"]
+    for source in ("stdlib", "stdlib,parent", "parent")
+  )
+  assert (read.flops, read.memory_bytes) == (0, 0)
+  assert own.flops == 2 * half.flops == pytest.approx(1056 * parent.flops_per_token(context=256))
+  cache = jax.eval_shape(lambda: decoder.empty_cache(parent, batch=32, length=256))  # the context, not max_tokens
+  weights = 2 * 4 * parent.num_params()
+  assert own.memory_bytes == half.memory_bytes == weights + sum(x.size * 4 for x in jax.tree.leaves(cache))
 
 
 def test_what_a_need_grows_with(architecture: Callable[..., Architecture]) -> None:

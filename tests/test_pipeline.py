@@ -146,6 +146,21 @@ def test_the_evaluation_says_how_sure_it_is(finished: Run) -> None:
   assert finished.summary["models"]["child"]["loss_change_stderr"] == evaluation["after_gkd"]["loss_change_stderr"]
 
 
+def test_tasks_and_contexts_redo_the_evaluation_alone(copy: Path, config: RunConfig, tmp_path: Path) -> None:
+  (tmp_path / "sea.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 3)
+  more = dataclasses.replace(config.evaluation, tasks=(str(tmp_path / "sea.jsonl"),), contexts=(32, 64))
+  before = written(copy)
+  run = puzzle_jax.run(dataclasses.replace(config, evaluation=more), copy, quiet=True)
+  assert {name for name, mtime in written(copy).items() if mtime != before[name]} == {"evaluation", "export", "report"}
+  evaluation = run.store("evaluation").get_json("evaluation.json")
+  assert [(text["context"], text["kl"] > 0) for text in evaluation["texts"]] == [(32, True), (64, True)]
+  assert evaluation["texts"][0].items() >= evaluation["after_gkd"].items()
+  assert run.summary["tasks"] == evaluation["tasks"]
+  assert run.summary["tasks"]["tasks"]["sea"]["items"] == 3
+  assert run.store("evaluation").get_arrays("answers.safetensors")["sea.child"].shape == (3,)
+  assert "sea" in (copy / "report" / "report.html").read_text()
+
+
 def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, "-m", "experiments.report", *map(str, arguments)]
   return subprocess.run(command, capture_output=True, text=True)

@@ -2,6 +2,18 @@
 
 from puzzle_jax.data.documents import DocumentSource, load_documents
 from puzzle_jax.data.loader import batches
-from puzzle_jax.data.packing import Batch, PackedText, pack, target_mask
+from puzzle_jax.data.packing import Batch, PackedText, pack, relaid, target_mask
+from puzzle_jax.data.sets import MixedSet, pack_sets
 
-__all__ = ["Batch", "DocumentSource", "PackedText", "batches", "load_documents", "pack", "target_mask"]
+__all__ = [
+  "Batch",
+  "DocumentSource",
+  "MixedSet",
+  "PackedText",
+  "batches",
+  "load_documents",
+  "pack",
+  "pack_sets",
+  "relaid",
+  "target_mask",
+]

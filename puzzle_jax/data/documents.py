@@ -13,7 +13,7 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,6 +27,13 @@ _TFDS = "tfds:"
 _READ_TOGETHER = 1024  # four times as fast as one by one
 
 
+class SourceFile(NamedTuple):
+  """A file's name and the SHA-256 of its bytes, in hex."""
+
+  name: str
+  sha256: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentSource:
   """Documents, read when asked for.
@@ -36,12 +43,14 @@ class DocumentSource:
     digest: hex SHA-256 of the texts and of how they are split.
     train: documents to learn from.
     heldout: documents to measure on.
+    files: what was read of the disk.
   """
 
   name: str
   digest: str
   train: Sequence[str]
   heldout: Sequence[str]
+  files: tuple[SourceFile, ...] = ()
 
 
 def load_documents(
@@ -61,6 +70,7 @@ def load_documents(
   """
   if not 0 < heldout_fraction < 1:
     raise PuzzleError(f"heldout_fraction={heldout_fraction} must be between 0 and 1")
+  files: tuple[SourceFile, ...] = ()
   if source == STDLIB:
     made_by = store.digest([platform.python_version(), store.file_digest(Path(stdlib.__file__))])
     rows = builders.read_prepared(builders.StandardLibraryText(data_dir=data_dir / made_by[:16]), quiet=True)
@@ -68,14 +78,20 @@ def load_documents(
   elif source.startswith(_TFDS):
     rows, text_field = _registered(source.removeprefix(_TFDS), data_dir, text_field)
   else:
-    paths = _files(source)
-    made_from = store.digest([text_field, *[(p.name, store.file_digest(p)) for p in paths]])
+    paths = find_files(source)
+    files = tuple(SourceFile(path.name, store.file_digest(path)) for path in paths)
+    made_from = store.digest([text_field, *files])
     builder = builders.TextFiles(data_dir=data_dir / made_from[:16], paths=paths, text_field=text_field)
     rows, text_field = builders.read_prepared(builder, quiet=True), "text"
-  return _split(source, rows, text_field, heldout_fraction)
+  return split(source, rows, heldout_fraction=heldout_fraction, text_field=text_field, files=files)
 
 
-def _files(pattern: str) -> list[Path]:
+def find_files(pattern: str) -> list[Path]:
+  """The text files that a path or glob names.
+
+  Raises:
+    PuzzleError: none, or files of another kind.
+  """
   path = Path(pattern).expanduser()
   found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
   files = [p for p in found if p.is_file()]
@@ -139,23 +155,40 @@ class _Documents(Sequence[str]):
     return row[self._text_field].decode(errors="replace")
 
 
-def _split(name: str, rows: Sequence[dict[str, Any]], text_field: str, heldout_fraction: float) -> DocumentSource:
+def key(text: str) -> int:
+  """The hash by which documents are told apart, white space and case aside."""
+  words = " ".join(text.casefold().split())
+  return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest())
+
+
+def is_heldout(key: int, fraction: float) -> bool:
+  """Which part a document goes to, whatever other documents there are."""
+  return key < fraction * 2**128
+
+
+def split(
+  name: str,
+  rows: Sequence[dict[str, Any]],
+  *,
+  heldout_fraction: float,
+  text_field: str = "text",
+  files: tuple[SourceFile, ...] = (),
+) -> DocumentSource:
+  """The documents of a dataset without duplicates, in two parts."""
   every = _Documents(rows, text_field, np.arange(len(rows)))
-  first: dict[int, tuple[int, bytes]] = {}  # by the text's normalised hash: index and exact hash
+  first: dict[int, tuple[int, bytes]] = {}  # by key: index and exact hash
   for index, text in enumerate(every):
-    words = " ".join(text.casefold().split())
-    if words:
-      key = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=16).digest())
-      first.setdefault(key, (index, hashlib.sha256(text.encode()).digest()))
+    if text.strip():
+      first.setdefault(key(text), (index, hashlib.sha256(text.encode()).digest()))
   if len(first) < 2:
     raise PuzzleError(
       f"{name!r} holds {len(first)} different documents that are not empty; one part is held out, so it takes two or "
       "more (a .txt file is one document, a line of .jsonl is one)"
     )
   keys = sorted(first)
-  below = sum(key < heldout_fraction * 2**128 for key in keys)
+  below = sum(is_heldout(k, heldout_fraction) for k in keys)
   num_heldout = min(max(below, 1), len(keys) - 1)
-  parts = [sorted(first[key] for key in part) for part in (keys[num_heldout:], keys[:num_heldout])]
+  parts = [sorted(first[k] for k in part) for part in (keys[num_heldout:], keys[:num_heldout])]
   content = hashlib.sha256(b"/".join(b"".join(sha for _, sha in part) for part in parts)).hexdigest()
   train, heldout = (_Documents(rows, text_field, np.array([i for i, _ in part])) for part in parts)
-  return DocumentSource(name=name, digest=content, train=train, heldout=heldout)
+  return DocumentSource(name=name, digest=content, train=train, heldout=heldout, files=files)

@@ -101,6 +101,21 @@ def pack(
   return _lay_out(ids, seq_len, total if wanted is None else wanted, pad_id=tokenizer.eos_id)
 
 
+def relaid(packed: PackedText, *, seq_len: int, eos_id: int) -> PackedText:
+  """The same tokens, in the same order, as rows of another length; what fills no row is left out.
+
+  Args:
+    packed: full rows of one source, as `pack` makes them.
+    seq_len: T of the result.
+    eos_id: ends documents: behind it a row begins with a new one, else it goes on with that of the row before.
+  """
+  stream, starts = packed.tokens.reshape(-1), packed.positions.reshape(-1) == 0
+  rows = np.arange(packed.tokens.shape[1], len(stream), packed.tokens.shape[1])
+  starts[rows] = stream[rows - 1] == eos_id
+  documents = np.split(stream, np.flatnonzero(starts)[1:])
+  return _lay_out(documents, seq_len, len(stream) // seq_len * seq_len, pad_id=eos_id)
+
+
 def _lay_out(documents: Sequence[np.ndarray], seq_len: int, num_tokens: int, *, pad_id: int) -> PackedText:
   """The first `num_tokens` tokens of the documents as rows."""
   num_rows = -(-num_tokens // seq_len)

@@ -1,7 +1,9 @@
 """Multiple-choice tasks from JSON lines: `{"context": …, "choices": [first, second, …], "answer": index}`.
 
 A model answers with the choice to whose tokens it gives the highest log likelihood after the context, in all or a
-character (`normalise`), as EleutherAI's lm-evaluation-harness does for `acc` and `acc_norm`.
+character (`normalise`), as EleutherAI's lm-evaluation-harness does for `acc` and `acc_norm`. Items may also have a
+target instead of choices, `{"context": …, "target": …}`: right is a model that would write it, taking the likeliest
+token each time (LAMBADA). Scores of blocks take choices alone, packed into rows (`pack`); `answers` takes both.
 """
 
 import dataclasses
@@ -14,20 +16,22 @@ import numpy as np
 
 from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluation import likelihood
+from puzzle_jax.evaluation.likelihood import Likelihood, Request
 from puzzle_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A question."""
+  """A question; one with a single choice has that as its target."""
 
   context: str
   choices: tuple[str, ...]
   answer: int
 
 
-def read_items(path: str | Path, *, limit: int | None = None) -> list[Item]:
-  """The items of a .jsonl or .jsonl.gz file, the first `limit` of them.
+def read_items(path: str | Path, *, limit: int | None = None, targets: bool = False) -> list[Item]:
+  """The items of a .jsonl or .jsonl.gz file, the first `limit` of them; those with targets only where they may be.
 
   Raises:
     PuzzleError: no such file, or a line that is no item (named).
@@ -40,7 +44,7 @@ def read_items(path: str | Path, *, limit: int | None = None) -> list[Item]:
         if limit is not None and len(items) >= limit:
           break
         if line.strip():
-          items.append(_item(json.loads(line), f"{path}, line {number}"))
+          items.append(_item(json.loads(line), f"{path}, line {number}", targets))
   except OSError as e:
     raise PuzzleError(f"task {path} cannot be read ({e.strerror or e}); name a .jsonl or .jsonl.gz file") from e
   except ValueError as e:
@@ -52,15 +56,47 @@ def read_items(path: str | Path, *, limit: int | None = None) -> list[Item]:
   return items
 
 
-def _item(data: object, where: str) -> Item:
+def _item(data: object, where: str, targets: bool) -> Item:
   expected = 'expected {"context": text, "choices": [text, …], "answer": index}'
   if not isinstance(data, Mapping):
     raise PuzzleError(f"{where}: {expected}")
+  if targets and isinstance(target := data.get("target"), str) and target and isinstance(data.get("context"), str):
+    return Item(data["context"], (target,), 0)
   context, choices, answer = (data.get(key) for key in ("context", "choices", "answer"))
   texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
   if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):  # type: ignore[arg-type]
     raise PuzzleError(f"{where}: {expected}, with two choices or more; found {str(dict(data))[:200]}")
   return Item(context, tuple(choices), answer)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Of a model, per item True where right.
+
+  Attributes:
+    plain: by the log likelihood of the choices; by greedy decoding where there is a target.
+    normalised: by the log likelihood a character; None where there are targets.
+  """
+
+  plain: np.ndarray
+  normalised: np.ndarray | None
+
+
+def requests(items: Sequence[Item], tokenizer: Tokenizer) -> list[Request]:
+  """Every choice behind its context, item by item."""
+  return likelihood.encode([(item.context, choice) for item in items for choice in item.choices], tokenizer)
+
+
+def answers(items: Sequence[Item], found: Sequence[Likelihood]) -> Answers:
+  """What a model answers, by its likelihoods of `requests`."""
+  plain, normalised, start = np.zeros(len(items), bool), np.zeros(len(items), bool), 0
+  for number, item in enumerate(items):
+    here, start = found[start : start + len(item.choices)], start + len(item.choices)
+    log_p = np.array([choice.log_p for choice in here])
+    lengths = [max(len(choice.strip()), 1) for choice in item.choices]
+    plain[number] = np.argmax(log_p) == item.answer if len(here) > 1 else here[0].greedy
+    normalised[number] = np.argmax(log_p / lengths) == item.answer
+  return Answers(plain, None if any(len(item.choices) == 1 for item in items) else normalised)
 
 
 @dataclasses.dataclass(frozen=True)

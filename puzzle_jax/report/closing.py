@@ -163,6 +163,12 @@ def rows(summary: Summary) -> list[Row]:
     text = MISSING if value is None else f"{value:.3g}" + ("" if error is None else f" ± {error:.2g}")
     return Row(label, "0", text)
 
+  def accuracy(label: str) -> Row:
+    mean = lookup(summary, "tasks", "mean")
+    if not mean:
+      return Row(label, MISSING, MISSING)
+    return Row(label, f"{100 * mean['parent']:.1f} %", f"{100 * mean['child']:.1f} %", _times(mean["ratio"]))
+
   predicted = [predicted_throughput(summary, model) for model in ("parent", "child")]
   errors = [
     MISSING if (error := prediction_error(summary, model)) is None else f"{100 * error:+.1f} %"
@@ -182,13 +188,17 @@ def rows(summary: Summary) -> list[Row]:
     Row("next-token quality", "100 %", MISSING if kept is None else f"{100 * kept:.1f} %"),
     kl("KL to the parent, nats/token", "models", "child"),
     kl("  before global distillation", "before_gkd"),
+    accuracy("accuracy, mean of tasks"),
   ]
   return [row for row in table if row.child != MISSING]
 
 
 def _row(label: str, parent: float | None, child: float | None, unit: str) -> Row:
-  change = ratio(child, parent)
-  return Row(label, number(parent, unit), number(child, unit), MISSING if change is None else f"{change:.2f}×")
+  return Row(label, number(parent, unit), number(child, unit), _times(ratio(child, parent)))
+
+
+def _times(change: float | None) -> str:
+  return MISSING if change is None else f"{change:.2f}×"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,8 +44,8 @@ def kl_difference(a: Summary, b: Summary) -> Difference | None:
   """Of the children's KL to their parents, with errors as if the runs were independent, so rather too wide; None where
   they were not evaluated on the same text against the same parent, or without errors."""
   values, errors = ([certainty.evaluated(s, "after_gkd", key) or 0.0 for s in (a, b)] for key in ("kl", "kl_stderr"))
-  text = ("source", "text_field", "heldout_fraction", "seq_len", "heldout_tokens", "eval_tokens", "seed")
-  same = _same(a, b, ("parent", "name"), ("eval_tokens",), *(("config", "data", key) for key in text))
+  text = ("source", "shares", "sampling", "text_field", "heldout_fraction", "seq_len", "heldout_tokens", "eval_tokens")
+  same = _same(a, b, ("parent", "name"), ("eval_tokens",), *(("config", "data", key) for key in (*text, "seed")))
   if not (same and all(errors)):
     return None
   value = values[1] - values[0]

@@ -1,6 +1,7 @@
 """What was predicted against what was measured, and the child's quality with its intervals: two tables and a figure."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,76 @@ def qualities(summary: Summary) -> list[Quality]:
       kept = Estimate(f"{100 * parent / perplexity:.1f} %", percent)
       found.append(Quality(label, _kl(kl, certainty.kl(summary, when)), f"{perplexity:.4g}", kept))
   return [Quality("the parent", Estimate("0"), f"{parent:.4g}", Estimate("100 %")), *found] if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class TextQuality:
+  """On a text at a context length: perplexities, KL to the parent (nats a token), the quality kept."""
+
+  text: str
+  context: int
+  tokens: float
+  parent: str
+  child: str
+  kl: Estimate
+  kept: Estimate
+
+
+def text_qualities(summary: Summary) -> list[TextQuality]:
+  """Of what was measured besides the run's own held-out rows."""
+  found = []
+  for row in lookup(summary, "texts") or []:
+    half = certainty.standard_errors(row.get("rows"))
+    kl, error, change = row["kl"], half * row["kl_stderr"], row["loss_change"]
+    low, high = (math.exp(-change + sign * half * row["loss_change_stderr"]) for sign in (-1, 1))
+    found.append(
+      TextQuality(
+        row["text"],
+        row["context"],
+        row["tokens"],
+        f"{row['parent_perplexity']:.4g}",
+        f"{row['perplexity']:.4g}",
+        _kl(kl, Interval(max(kl - error, 0.0), kl + error) if error else None),
+        Estimate(f"{100 * math.exp(-change):.1f} %", f"{100 * low:.1f} to {100 * high:.1f}" if high > low else ""),
+      )
+    )
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+  """Of parent and child on a task; `kept` is the child's over the parent's."""
+
+  task: str
+  how: str
+  items: str
+  parent: str
+  child: str
+  kept: Estimate
+
+
+def accuracies(summary: Summary) -> list[Accuracy]:
+  """A line a task and way to judge it, and last the mean of all tasks."""
+  found = []
+
+  def add(task: str, how: str, items: str, value: Mapping[str, Any]) -> None:
+    kept = Estimate(closing.MISSING)
+    if value["ratio"] is not None:
+      known = value["low"] is not None
+      kept = Estimate(
+        f"{100 * value['ratio']:.1f} %", f"{100 * value['low']:.1f} to {100 * value['high']:.1f}" if known else ""
+      )
+    found.append(Accuracy(task, how, items, f"{100 * value['parent']:.1f} %", f"{100 * value['child']:.1f} %", kept))
+
+  tasks = lookup(summary, "tasks", "tasks") or {}
+  for name, task in tasks.items():
+    how = "likeliest choice" if "normalised" in task else "greedy target"
+    add(name, how, f"{task['items']:,}", task["preserved"])
+    if "normalised" in task:
+      add(name, "likeliest a character", f"{task['items']:,}", task["normalised"])
+  if mean := lookup(summary, "tasks", "mean"):
+    add("mean", "likeliest choice or target", f"{sum(task['items'] for task in tasks.values()):,}", mean)
+  return found
 
 
 Intervals = Mapping[str, tuple[float | None, Interval | None]]  # by label; None: not known

@@ -130,6 +130,8 @@ def render(summary: Summary) -> str:
     worst_fit=_worst_fit(summary),
     predictions=evaluation.predictions(summary),
     qualities=evaluation.qualities(summary),
+    text_qualities=evaluation.text_qualities(summary),
+    accuracies=evaluation.accuracies(summary),
     facts=facts(summary),
     made_by=_made_by(summary),
     config=json.dumps(summary.get("config"), indent=1),

@@ -214,9 +214,15 @@ def distillation(summary: Summary) -> go.Figure | None:
 
 
 def global_distillation(summary: Summary) -> go.Figure | None:
-  """GKD's loss and its parts, step by step."""
+  """GKD's loss and its parts, step by step, and the KL on held-out rows where it was measured."""
   figure, steps = go.Figure(), summary.get("gkd") or []
-  for key, name, colour in (("loss", "loss", INK), ("kl", "KL", FFN), ("cosine", "cosine", ATTENTION)):
+  lines = (
+    ("loss", "loss", INK),
+    ("kl", "KL", FFN),
+    ("cosine", "cosine", ATTENTION),
+    ("heldout_kl", "held out", PARENT),
+  )
+  for key, name, colour in lines:
     points = [(i + 1, s[key]) for i, s in enumerate(steps) if s.get(key) is not None]
     if points:
       x, y = [p[0] for p in points], [p[1] for p in points]

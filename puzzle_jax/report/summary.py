@@ -58,7 +58,7 @@ def summarise(run: Run) -> dict[str, Any]:
     summary["gkd"] = run.store("gkd").get_json("history.json")["steps"]
   evaluation = run.store("evaluation").get_json("evaluation.json") if "evaluation" in done else {}
   if evaluation:
-    summary |= {key: evaluation[key] for key in ("before_gkd", "samples")}
+    summary |= {key: evaluation[key] for key in ("before_gkd", "samples", "texts", "tasks") if key in evaluation}
     summary["eval_tokens"] = evaluation["after_gkd"]["tokens"]
     timed = evaluation["timing"]["seconds"]
     summary["timing_rounds"] = {model: seconds.pop("rounds") for model, seconds in timed.items() if "rounds" in seconds}

@@ -1,0 +1,80 @@
+"""The packed sets of a run, each a mix of sources at given shares of its rows.
+
+A set's rows stand source by source, so that a source's own can be found again; only the set that blocks are distilled
+on, which is read in order, is shuffled.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from puzzle_jax.data.documents import DocumentSource
+from puzzle_jax.data.packing import PackedText, pack
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.tokenizer import Tokenizer
+
+
+def rows_by_share(rows: int, shares: Sequence[float]) -> list[int]:
+  """`rows` divided by shares (any positive numbers); what is left goes to the largest remainders."""
+  exact = np.asarray(shares, np.float64) / np.sum(shares) * rows
+  counts = np.floor(exact + 1e-9).astype(int)
+  largest = np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]
+  counts[largest] += 1
+  return counts.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedSet:
+  """Rows of all sources, and how many are of each."""
+
+  packed: PackedText
+  rows_by_source: list[int]
+
+
+def pack_sets(
+  sources: Sequence[DocumentSource],
+  shares: Sequence[float],
+  amounts: Mapping[str, Mapping[str, int]],
+  tokenizer: Tokenizer,
+  *,
+  seq_len: int,
+  seed: int,
+  shuffled: Sequence[str] = (),
+) -> dict[str, MixedSet]:
+  """Packs the sets of a run.
+
+  Args:
+    sources: documents.
+    shares: of each source in each set.
+    amounts: tokens of each set by the part of the documents that it is taken from, `train` or `heldout`. Sets of one
+      part share no rows.
+    tokenizer: the parent's.
+    seq_len: tokens a row.
+    seed: of the order of the documents.
+    shuffled: sets whose rows are shuffled where they have several sources.
+
+  Raises:
+    PuzzleError: a source holds too little.
+  """
+  made = {}
+  for part, tokens in amounts.items():
+    counts = {name: rows_by_share(n // seq_len, shares) for name, n in tokens.items()}
+    pieces: dict[str, list[PackedText]] = {name: [] for name in tokens}
+    for i, source in enumerate(sources):
+      if total := sum(count[i] for count in counts.values()):
+        text = getattr(source, part)
+        try:
+          packed = pack(text, tokenizer, seq_len=seq_len, max_tokens=total * seq_len, seed=seed)
+        except PuzzleError as e:
+          raise PuzzleError(f"{part} part of {source.name!r}: {e}") from e
+        start = 0
+        for name, count in counts.items():
+          pieces[name].append(packed.rows(slice(start, start + count[i])))
+          start += count[i]
+    for name, parts in pieces.items():
+      rows = PackedText(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+      if name in shuffled and len(sources) > 1:
+        rows = rows.rows(np.random.default_rng(seed).permutation(rows.num_rows))
+      made[name] = MixedSet(rows, counts[name])
+  return made
