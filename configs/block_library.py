@@ -4,13 +4,15 @@
 subblocks in the parent. On one H100 an arm takes about a minute.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import ml_collections
 
-from configs.base import to_config_dict
 from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.config import CostsConfig, DataConfig, RunConfig, ScoresConfig, SearchConfig, SpaceConfig
+from puzzle_jax.config_files import choose
 from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.search import Limits
 
@@ -21,37 +23,34 @@ STEPS = 200
 # What each arm changes, by section.
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
   "base": {},
-  "base, untrained": {"bld": {"steps": 0}},
-  "no fit": {"bld": {"least_squares": False}},
-  "no fit, untrained": {"bld": {"least_squares": False, "steps": 0}},
-  "truncated, no fit": {"bld": {"init": "truncate", "least_squares": False}},
-  "truncated, no fit, untrained": {"bld": {"init": "truncate", "least_squares": False, "steps": 0}},
-  "random, no fit": {"bld": {"init": "random", "least_squares": False}},
-  "random, no fit, untrained": {"bld": {"init": "random", "least_squares": False, "steps": 0}},
-  "paper's loss": {"bld": {"loss": "paper"}},
-  "attention as its own target": {"bld": {"attention_target": "attention"}},
-  "fp32 activations": {"activations": {"dtype": "float32"}},
-  "fp8 activations": {"activations": {"dtype": "float8"}},
-  "documents run together": {"activations": {"attention": "fast"}},
-  "half the steps": {"bld": {"steps": STEPS // 2}},
-  "twice the steps": {"bld": {"steps": 2 * STEPS}},
+  "untrained": {"bld": {"steps": 0}},
+  "no_fit": {"bld": {"least_squares": False}},
+  "no_fit_untrained": {"bld": {"least_squares": False, "steps": 0}},
+  "truncated_no_fit": {"bld": {"init": "truncate", "least_squares": False}},
+  "truncated_no_fit_untrained": {"bld": {"init": "truncate", "least_squares": False, "steps": 0}},
+  "random_no_fit": {"bld": {"init": "random", "least_squares": False}},
+  "random_no_fit_untrained": {"bld": {"init": "random", "least_squares": False, "steps": 0}},
+  "paper_loss": {"bld": {"loss": "paper"}},
+  "attention_alone": {"bld": {"attention_target": "attention"}},
+  "fp32_activations": {"activations": {"dtype": "float32"}},
+  "fp8_activations": {"activations": {"dtype": "float8"}},
+  "documents_run_together": {"activations": {"attention": "fast"}},
+  "half_the_steps": {"bld": {"steps": STEPS // 2}},
+  "twice_the_steps": {"bld": {"steps": 2 * STEPS}},
   "coupled": {"coupled": {"blocks": PAIRS}, "scores": {"granularity": "composed"}},
-  "coupled from the start": {
+  "coupled_from_the_start": {
     "coupled": {"blocks": PAIRS, "from_library": False},
     "scores": {"granularity": "composed"},
   },
 }
 
 
-def get_config(arm: str = "base") -> ml_collections.ConfigDict:
-  """The config of one of `ARMS`."""
-  if arm not in ARMS:
-    raise ValueError(f"configs/block_library.py has no arm {arm!r}; known: {', '.join(ARMS)}")
+def _arm(name: str) -> RunConfig:
   length = 512
   bld = BLDConfig(steps=STEPS, batch_rows=32, learning_rate=5e-4, warmup_steps=20, dtype="bfloat16")
   left_alone = {str(i): {"attention": (), "ffn": ()} for i in range(30) if i not in LAYERS}
   config = RunConfig(
-    name=f"block_library.py:{arm}",
+    name=f"block_library.py:{name}",
     data=DataConfig(seq_len=length, train_tokens=2_097_152, gkd_tokens=8 * length, heldout_tokens=65_536),
     activations=ActivationsConfig(batch_rows=32),
     space=SpaceConfig(ffn=(0.75, 0.5, 0.25, "linear", "none"), layers=left_alone),
@@ -61,7 +60,12 @@ def get_config(arm: str = "base") -> ml_collections.ConfigDict:
     search=SearchConfig(limits=Limits(max_params_ratio=0.95)),
     coupled=CoupledConfig(bld=bld),
   )
-  values = to_config_dict(config)
-  for section, changes in ARMS[arm].items():
-    values[section].update(changes)
-  return values
+  changes = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in ARMS[name].items()}
+  return dataclasses.replace(config, **changes)
+
+
+VARIANTS = {name: functools.partial(_arm, name) for name in ARMS}
+
+
+def get_config(arm: str = "base") -> ml_collections.ConfigDict:
+  return choose(VARIANTS, arm)

@@ -6,9 +6,9 @@ python -m experiments.run --config=configs/tiny.py --config.parent=runs/tiny_par
 
 import ml_collections
 
-from configs.base import to_config_dict
 from puzzle_jax.bld import BLDConfig
 from puzzle_jax.config import CostsConfig, DataConfig, EvaluationConfig, RunConfig, SearchConfig, SpaceConfig
+from puzzle_jax.config_files import to_config_dict
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.search import Limits

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   del argv
   root, first, arms = Path(_WORKDIR.value), None, {}
   for arm in _ARMS.value:
-    folder = root / arm.replace(" ", "_").replace(",", "").replace("'", "")
+    folder = root / arm
     if first is not None:
       for name in _SHARED:
         if not (folder / name).exists():

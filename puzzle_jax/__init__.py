@@ -6,6 +6,7 @@ print(run.child.chat("What is a neutron star?"))
 
 from typing import TYPE_CHECKING, Any
 
+from puzzle_jax import environment
 from puzzle_jax.errors import PuzzleError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ __all__ = ["PuzzleError", "Run", "open_run", "run"]
 
 def __getattr__(name: str) -> Any:
   # Lazily: `puzzle_jax.serving` and `puzzle_jax.arch` are to be had without JAX.
+  if name in __all__:
+    environment.check()
   if name in ("Run", "open_run"):
     from puzzle_jax import runs
 

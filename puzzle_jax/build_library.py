@@ -153,6 +153,7 @@ class Builder:
 
   def _put(self, turn: Turn, distillation: Distillation) -> None:
     for layer, distilled in zip(turn.layers, distillation.finish(), strict=True):
+      self._run.metrics(self._library.store.root.name, f"layer_{layer:02d}").record(distilled.curve)
       self._library.put(layer, distilled)
       for job in sorted(set(distilled.losses) - self._library.usable(layer)):
         self._run.progress.say(f"library: layer {layer} {job}: loss not finite; it is left out of the search")

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses that check themselves. ml_collections stays in `configs/`.
+"""The configuration of a run: frozen dataclasses that check themselves. ml_collections stays in `config_files`.
 
 Each stage depends on the sections that `pipeline.STAGES` names, and on nothing else.
 """
@@ -22,6 +22,7 @@ from puzzle_jax.search import Limits
 from puzzle_jax.serving.engines import by_name
 
 DTYPES = ("float32", "bfloat16")
+DEVICES = ("any", "gpu")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -180,10 +181,14 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """A run: `parent` is a Hugging Face directory or hub id, a GGUF file, or `smollm2-135m` (built in)."""
+  """A run: `parent` is a Hugging Face directory or hub id, a GGUF file, or `smollm2-135m` (built in).
+
+  `device` "gpu" refuses to start where JAX finds no GPU.
+  """
 
   name: str = "run"
   parent: str = "smollm2-135m"
+  device: str = "any"
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   activations: ActivationsConfig = dataclasses.field(default_factory=ActivationsConfig)
@@ -198,6 +203,7 @@ class RunConfig:
   export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
   def __post_init__(self) -> None:
+    _one_of("device", self.device, DEVICES)
     batch = self.gkd.batch_rows * self.data.seq_len
     if self.gkd.steps and self.data.gkd_tokens < batch:
       raise PuzzleError(
@@ -230,16 +236,30 @@ class RunConfig:
     return _build(cls, values, "config")
 
 
-def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+def check_key(name: str) -> None:
+  """Raises PuzzleError where `section.field` is none of the config's (names the nearest known one)."""
+  hint, path = RunConfig, "config"
+  for key in name.split("."):
+    if not dataclasses.is_dataclass(hint):
+      return
+    hint, path = _hint(hint, key, path), f"{path}.{key}"
+
+
+def _hint(cls: Any, key: str, path: str) -> Any:
+  """The type of a dataclass's field."""
   hints = typing.get_type_hints(cls)
+  if key not in hints:
+    near = difflib.get_close_matches(key, hints, n=1)
+    raise PuzzleError(
+      f"unknown config key {path}.{key}; {f'did you mean {near[0]}? ' if near else ''}known: {', '.join(hints)}"
+    )
+  return hints[key]
+
+
+def _build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
   kwargs = {}
   for key, value in values.items():
-    if key not in hints:
-      near = difflib.get_close_matches(key, hints, n=1)
-      raise PuzzleError(
-        f"unknown config key {path}.{key}; {f'did you mean {near[0]}? ' if near else ''}known: {', '.join(hints)}"
-      )
-    hint = hints[key]
+    hint = _hint(cls, key, path)
     if dataclasses.is_dataclass(hint):
       if not isinstance(value, Mapping):
         raise PuzzleError(f"{path}.{key} must be a mapping of {', '.join(typing.get_type_hints(hint))}; got {value!r}")

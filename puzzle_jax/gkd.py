@@ -10,6 +10,7 @@ the same child.
 import dataclasses
 import functools
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ def train(
   config: GKDConfig,
   folder: Path,
   progress: Progress,
+  log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> tuple[Any, list[dict[str, float]]]:
   """Trains the child and returns its parameters and the metrics of each step.
 
@@ -175,6 +177,7 @@ def train(
     config: how.
     folder: for checkpoints; a run that finds some goes on from the last.
     progress: for the bar.
+    log: gets each step's number, from 1, and its metrics.
 
   Raises:
     PuzzleError: the loss is not finite; names the step and keeps the last good checkpoint.
@@ -197,17 +200,17 @@ def train(
       state = checkpoints.load(abstract_state=jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
       iterator.set_state(checkpoints.metadata().custom_metadata["iterator"])
       progress.say(f"gkd: resumed after step {int(state.step)}")
-    with progress.bar("gkd", total=config.steps, unit="step") as bar:
-      bar.update(int(state.step))
+    with progress.bar("gkd", total=config.steps, unit="step", done=int(state.step)) as bar:
       for step in range(int(state.step), config.steps):
         state = train_step(state, next(iterator), parent_params, child=child[0], parent=parent[0], config=config)
-        loss, kl = (float(state.history[step, METRICS.index(name)]) for name in ("loss", "kl"))
-        if not np.isfinite(loss):
+        metrics = dict(zip(METRICS, np.asarray(state.history[step]).tolist(), strict=True))
+        log(step + 1, metrics)
+        if not np.isfinite(metrics["loss"]):
           raise PuzzleError(
-            f"gkd: the loss of step {step + 1} is {loss}; the last good checkpoint is kept in {folder}; "
+            f"gkd: the loss of step {step + 1} is {metrics['loss']}; the last good checkpoint is kept in {folder}; "
             f"lower gkd.learning_rate ({config.learning_rate}) and start again"
           )
-        bar.set_postfix_str(f"loss {loss:.3f}, KL {kl:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, KL {metrics['kl']:.3f}", refresh=False)
         bar.update()
         if step + 1 < config.steps:
           checkpoints.save(step + 1, state, custom_metadata={"iterator": iterator.get_state()})

@@ -5,6 +5,7 @@ config sections that it reads, the content of its inputs, the parent, and its ve
 missing, and a changed config redoes exactly the stages that depend on the change.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -16,12 +17,16 @@ from typing import Any
 
 import jax
 
-from puzzle_jax import stages
+from puzzle_jax import preflight, stages
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.runs import Run, versions
-from puzzle_jax.store import CorruptFileError, StageStore, write_json
+from puzzle_jax.metrics import WandbRun
+from puzzle_jax.needs import needs
+from puzzle_jax.runs import Run, launch_record, versions
+from puzzle_jax.store import CleanedFileError, CorruptFileError, StageStore, Workdir, write_json
+
+_HOPELESS = 2  # times the memory there is: by this much the arithmetic of `needs` is not wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Stage:
     inputs: stages whose files it reads.
     times_too: whether it depends on what inputs hold under `timing` as well.
     check: refuses, once the stage is done, what later stages could not make good.
+    memory: fields of the config that its memory grows with.
     version: raised when the code changes what it makes.
   """
 
@@ -44,6 +50,7 @@ class Stage:
   inputs: tuple[str, ...]
   times_too: bool = False
   check: Callable[[Run], None] | None = None
+  memory: tuple[str, ...] = ()
   version: int = 1
 
   def key(self, run: Run) -> dict[str, Any]:
@@ -59,15 +66,36 @@ class Stage:
 
 STAGES = (
   Stage("data", stages.make_data, ("data",), ()),
-  Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target),
-  Stage("activations", stages.make_activations, (), ("data",), version=2),
-  Stage("library", stages.make_library, ("bld", "space", "activations"), ("data", "activations"), version=2),
-  Stage("scores", stages.make_scores, ("scores", "space"), ("data", "activations", "library")),
+  Stage("costs", stages.make_costs, ("costs", "space"), (), check=stages.check_target, memory=("costs.batches",)),
+  Stage(
+    "activations",
+    stages.make_activations,
+    (),
+    ("data",),
+    memory=("activations.batch_rows", "data.seq_len"),
+    version=2,
+  ),
+  Stage(
+    "library",
+    stages.make_library,
+    ("bld", "space", "activations"),
+    ("data", "activations"),
+    memory=("bld.batch_rows", "bld.memory_gib", "activations.window_tokens"),
+    version=2,
+  ),
+  Stage(
+    "scores",
+    stages.make_scores,
+    ("scores", "space"),
+    ("data", "activations", "library"),
+    memory=("scores.batch_rows", "data.heldout_tokens"),
+  ),
   Stage(
     "search",
     stages.make_search,
     ("search", "scores", "space"),
     ("data", "activations", "library", "scores", "costs"),
+    memory=("search.refine_rounds",),
     version=2,
   ),
   Stage(
@@ -75,14 +103,16 @@ STAGES = (
     stages.make_coupled,
     ("coupled", "search", "scores", "space", "activations"),
     ("data", "activations", "library", "search"),
+    memory=("coupled.bld.batch_rows", "coupled.bld.memory_gib"),
   ),
   Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
-  Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child")),
+  Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child"), memory=("gkd.batch_rows", "data.seq_len")),
   Stage(
     "evaluation",
     stages.make_evaluation,
     ("evaluation", "costs"),
     ("data", "child", "gkd", "search", "coupled"),
+    memory=("evaluation.batch_rows",),
     version=2,
   ),
   Stage("export", stages.make_export, ("export",), ("gkd", "evaluation")),
@@ -111,7 +141,7 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
   return [f"{path.removeprefix('config.')} {old!r} -> {new!r}"]
 
 
-def _status(stage: Stage, run: Run, store: StageStore) -> str | None:
+def status(stage: Stage, run: Run, store: StageStore) -> str | None:
   """Why a stage has to run, or None when it is done."""
   if store.key is None:
     return "not made yet"
@@ -122,7 +152,7 @@ def _status(stage: Stage, run: Run, store: StageStore) -> str | None:
   return None if store.done else "unfinished"
 
 
-def _selected(names: Sequence[str]) -> list[Stage]:
+def selected(names: Sequence[str]) -> list[Stage]:
   known = [s.name for s in STAGES]
   for name in names:
     if name not in known:
@@ -132,17 +162,7 @@ def _selected(names: Sequence[str]) -> list[Stage]:
   return [s for s in STAGES if not names or s.name in names]
 
 
-def _space_needed(run: Run) -> int:
-  """Bytes that a whole run writes, roughly: activations, library, three copies of the child and two checkpoints."""
-  config, parent = run.config, run.parent.architecture
-  width = {"float32": 4, "bfloat16": 2}[config.activations.dtype]
-  tokens = config.data.train_tokens * width + config.data.heldout_tokens * 4
-  stored = tokens * parent.config.hidden_size * (parent.num_layers + 1)
-  variants = sum(s.num_params(parent.config) for layer in run.space.layers for s in layer.variants) * 4
-  return stored + variants + parent.num_params() * (4 + 4 + 2 + 2 * 12)
-
-
-def _check_identity(run: Run) -> None:
+def check_identity(run: Run) -> None:
   """Refuses a work directory that belongs to another parent: nothing in it could be used."""
   for stage in STAGES:
     key = run.store(stage.name).key
@@ -158,6 +178,8 @@ def run(
   workdir: str | os.PathLike[str],
   *,
   stages: Sequence[str] = (),
+  reuse: str | os.PathLike[str] | None = None,
+  wandb: str = "",
   quiet: bool = False,
 ) -> Run:
   """Runs the pipeline, or what is missing of it.
@@ -166,6 +188,8 @@ def run(
     config: a `RunConfig`, or nested mappings of one.
     workdir: the run's directory; started again there, it goes on.
     stages: names of `STAGES` to run; all when empty.
+    reuse: another run's directory; its finished stages are taken over where this run would make the same.
+    wandb: project at Weights & Biases to which the metrics go, too; none when empty.
     quiet: no progress bars or messages.
 
   Returns:
@@ -176,36 +200,73 @@ def run(
   """
   config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
   this = Run(config, workdir, quiet=quiet)
-  wanted = _selected(stages)
-  if config.costs.table and not Path(config.costs.table).is_file():
-    raise PuzzleError(f"costs.table={config.costs.table!r} is no file; leave it empty to time costs here")
-  this.parent.validate()
+  wanted = selected(stages)
+  preflight.check(this)
+  if reuse is not None and not (Path(reuse) / "config.json").is_file():
+    raise PuzzleError(f"reuse={os.fspath(reuse)!r} is no run's directory: it has no config.json")
   this.progress.say(f"parent {this.parent.name}; space: {this.space}")
-  with this.workdir.lock():
-    _check_identity(this)
-    if any(_status(s, this, this.store(s.name)) for s in wanted):
-      this.workdir.require_space(_space_needed(this) - sum(this.store(s.name).size for s in STAGES))
+  with this.workdir.lock(), contextlib.ExitStack() as tracking:
+    check_identity(this)
+    if todo := [s for s in wanted if status(s, this, this.store(s.name))]:
+      _check_resources(this, todo)
     write_json(this.workdir.root / "config.json", config.to_dict())
-    for attempt in range(3):
-      try:
-        _run_stages(this, wanted)
-        break
-      except CorruptFileError as e:
-        if attempt == 2:
-          raise
-        this.progress.say(f"{e}; repairing")
+    this.workdir.append("launches.jsonl", launch_record(wanted=[s.name for s in wanted]))
+    if wandb:
+      this.wandb = tracking.enter_context(WandbRun(wandb, workdir=this.workdir.root, config=config.to_dict()))
+    _repairing(this, lambda: _run_stages(this, wanted, None if reuse is None else Workdir(reuse)))
   return this
 
 
-def _run_stages(run: Run, wanted: Sequence[Stage]) -> None:
+def _check_resources(run: Run, todo: Sequence[Stage]) -> None:
+  """Refuses what disk or memory have no room for; what may just not fit is warned of."""
+  if all(run.store(stage.name).key is None for stage in STAGES):
+    run.parent.validate()  # once a work directory: reading all of a large parent takes minutes
+  need = needs(run.config, run.parent.architecture, run.space)
+  run.workdir.require_space(
+    round(sum(n.disk_bytes for n in need.values())) - sum(run.store(s.name).size for s in STAGES)
+  )
+  have = preflight.memory_bytes()
+  for stage in todo:
+    wanted = need[stage.name].memory_bytes if stage.name in need else 0
+    if wanted > have:
+      message = (
+        f"{stage.name} needs about {wanted / 2**30:.1f} GiB of memory by arithmetic, {jax_timing.hardware()} has "
+        f"{have / 2**30:.1f}; {_remedy(stage, run)}"
+      )
+      if wanted > _HOPELESS * have:
+        raise PuzzleError(message)
+      run.progress.say(f"warning: {message}")
+
+
+def _repairing(run: Run, work: Callable[[], None]) -> None:
+  """Starts again where a file turns out to be damaged, or to be needed after `experiments.clean` removed it."""
+  seen: set[str] = set()
+  while True:
+    try:
+      return work()
+    except CleanedFileError as e:
+      run.progress.say(f"{e.folder.name}: needed again after experiments.clean")
+      StageStore(e.folder).forget_cleaned()
+    except CorruptFileError as e:
+      if str(e) in seen:
+        raise
+      seen.add(str(e))
+      run.progress.say(f"{e}; repairing")
+
+
+def _run_stages(run: Run, wanted: Sequence[Stage], reuse: Workdir | None) -> None:
   for stage in wanted:
     for name in stage.inputs:
       if not run.store(name).done:
         raise PuzzleError(f"stage {stage.name} needs {name}, which is not done; add it to --stages, or run all stages")
-    store = run.store(stage.name)
-    reason = _status(stage, run, store)
+    store, key = run.store(stage.name), stage.key(run)
+    reason = status(stage, run, store)
+    other = reuse.stage(stage.name) if reuse and reason else None
     if reason is None:
       run.progress.say(f"{stage.name}: done")
+    elif other and other.done and other.key == key and not other.missing():
+      run.progress.say(f"{stage.name}: taken from {other.root}")
+      store.adopt(other)
     else:
       _make(stage, run, store, reason)
     if stage.check is not None:
@@ -214,9 +275,41 @@ def _run_stages(run: Run, wanted: Sequence[Stage]) -> None:
 
 def _make(stage: Stage, run: Run, store: StageStore, reason: str) -> None:
   run.progress.say(f"{stage.name}: {reason}" if store.key is not None else f"{stage.name}: starts")
-  begin = time.perf_counter()
-  store.begin(stage.key(run))
-  stage.make(run, store)
-  timing = {"seconds": time.perf_counter() - begin, "finished": time.strftime("%F %T")}
-  store.finish({"versions": versions(), "hardware": jax_timing.hardware(), "timing": timing})
+  begin, key = time.perf_counter(), stage.key(run)
+  resumed = store.key == key
+  store.begin(key)
+  try:
+    stage.make(run, store)
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+      raise _out_of_memory(stage, run, e) from e
+    raise
+  need = needs(run.config, run.parent.architecture, run.space).get(stage.name)
+  store.finish(
+    {
+      "versions": versions(),
+      "hardware": jax_timing.hardware(),
+      "flops": need.flops if need else 0,
+      "resumed": resumed,  # the seconds are those of the last start alone
+      "timing": {"seconds": time.perf_counter() - begin, "finished": time.strftime("%F %T")},
+    }
+  )
   jax.clear_caches()  # compiled programs of one stage are of no use to the next, and take memory
+
+
+def _out_of_memory(stage: Stage, run: Run, error: Exception) -> PuzzleError:
+  return PuzzleError(
+    f"{stage.name}: out of memory on {jax_timing.hardware()} ({str(error).partition(chr(10))[0][:160]}); "
+    f"{_remedy(stage, run)} and start again: what is finished is kept"
+  )
+
+
+def _remedy(stage: Stage, run: Run) -> str:
+  """Which values to lower where memory is short."""
+  fields = []
+  for name in stage.memory:
+    value: Any = run.config
+    for part in name.split("."):
+      value = getattr(value, part)
+    fields.append(f"{name} ({value})")
+  return f"lower {' or '.join(fields)}" if fields else "use a machine with more memory"

@@ -5,7 +5,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation.tasks import Task
 from puzzle_jax.library import Library
+from puzzle_jax.metrics import Series, WandbRun
 from puzzle_jax.model.language_model import LanguageModel, to_device
 from puzzle_jax.parents import Parent, open_parent
 from puzzle_jax.progress import Progress
@@ -32,9 +36,15 @@ class Run:
   def __init__(self, config: RunConfig, workdir: str | os.PathLike[str], *, quiet: bool = False):
     self.config, self.workdir = config, Workdir(workdir)
     self.progress = Progress(quiet=quiet)
+    self.wandb: WandbRun | None = None
 
   def store(self, stage: str) -> StageStore:
     return self.workdir.stage(stage)
+
+  def metrics(self, stage: str, part: str = "") -> Series:
+    """Where a stage's training, or a part of it, records its metrics."""
+    folder = self.workdir.root / stage / "metrics" / part
+    return Series(folder, name=f"{stage}/{part}".rstrip("/"), wandb=self.wandb)
 
   @functools.cached_property
   def mesh(self) -> Mesh:
@@ -140,15 +150,28 @@ def open_run(workdir: str | os.PathLike[str]) -> Run:
   """
   path = Path(workdir) / "config.json"
   if not path.is_file():
-    raise PuzzleError(f"{workdir} is no run's directory: it has no config.json")
+    raise PuzzleError(f"{workdir} is no run's directory: it has no config.json; name one that experiments.run made")
   return Run(RunConfig.from_dict(read_json(path)), workdir, quiet=True)
 
 
 def versions() -> dict[str, str]:
   """Of what decides the results: this package, its commit where there is one, JAX and Python."""
   found = {"puzzle_jax": importlib.metadata.version("puzzle_jax"), **jax_timing.versions()}
-  here = Path(__file__).parent
-  with contextlib.suppress(OSError, subprocess.CalledProcessError):
-    describe = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    found["git"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+  root = Path(__file__).parent.parent
+  if (root / ".git").exists():  # else it is installed, perhaps within somebody's own repository
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+      found["git"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
   return found
+
+
+def launch_record(*, wanted: list[str]) -> dict[str, Any]:
+  """A line of the run's launches.jsonl: when, where, by which command and which versions it was started."""
+  return {
+    "time": time.strftime("%FT%T%z"),
+    "host": socket.gethostname(),
+    "command": sys.argv,
+    "stages": wanted,
+    "hardware": jax_timing.hardware(),
+    "versions": versions(),
+  }

@@ -170,7 +170,7 @@ def make_search(run: Run, store: StageStore) -> None:
   ]
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
-  with run.progress.bar("search", total=2 + config.refine_rounds, unit="step") as bar:
+  with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
     (solution,) = search_lib.solve(tables, config.limits)
     points = []
     for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.limits):
@@ -235,14 +235,16 @@ def make_gkd(run: Run, store: StageStore) -> None:
   child = LanguageModel.open(run.workdir.root / "child" / "model")
   parent = run.parent_model
   checkpoints = store.root / "checkpoints"
-  params, history = gkd.train(
-    (child.architecture, child.params),
-    (parent.architecture, parent.params),
-    run.packed("gkd"),
-    config=run.config.gkd,
-    folder=checkpoints,
-    progress=run.progress,
-  )
+  with run.metrics("gkd") as log:
+    params, history = gkd.train(
+      (child.architecture, child.params),
+      (parent.architecture, parent.params),
+      run.packed("gkd"),
+      config=run.config.gkd,
+      folder=checkpoints,
+      progress=run.progress,
+      log=log,
+    )
   store.put_json("history.json", {"steps": history})
   arrays = jax.device_get(params)
   with store.put_folder("model") as folder:

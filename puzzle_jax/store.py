@@ -9,6 +9,7 @@ that differ in nothing but measured wall times count as the same.
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -18,7 +19,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ os.umask(_UMASK)  # reading it means setting it
 
 class CorruptFileError(PuzzleError):
   """A file of a work directory does not have the checksum that was recorded when it was written."""
+
+
+class CleanedFileError(PuzzleError):
+  """A file is needed that `StageStore.clean` removed; `folder` is its stage's."""
+
+  def __init__(self, message: str, folder: Path):
+    super().__init__(message)
+    self.folder = folder
 
 
 def _canonical(data: Any) -> bytes:
@@ -140,14 +149,23 @@ class StageStore:
     return self._manifest.get("record", {})
 
   @property
+  def _there(self) -> dict[str, Any]:
+    return {name: info for name, info in self._manifest["files"].items() if not info.get("cleaned")}
+
+  @property
   def names(self) -> list[str]:
     """The finished files."""
-    return sorted(self._manifest["files"])
+    return sorted(self._there)
 
   @property
   def size(self) -> int:
     """Bytes of the finished files."""
-    return sum(f["bytes"] for f in self._manifest["files"].values())
+    return sum(f["bytes"] for f in self._there.values())
+
+  @property
+  def cleaned(self) -> bool:
+    """Whether `clean` removed files of it."""
+    return len(self._there) < len(self._manifest["files"])
 
   def _save(self) -> None:
     write_json(self.root / MANIFEST, self._manifest)
@@ -170,6 +188,36 @@ class StageStore:
     self._manifest |= {"done": True, "record": dict(record)}
     self._save()
 
+  def adopt(self, other: "StageStore") -> None:
+    """Makes the folder hold what another run's finished stage does; files are shared (hard links) where they can be."""
+    self.begin(other.key)
+    for name in other.names:
+      path = self.root / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.unlink(missing_ok=True)
+      try:
+        os.link(other.root / name, path)
+      except OSError:  # another disk
+        with replacing(path) as aside:
+          shutil.copyfile(other.root / name, aside)
+    self._manifest["files"] = copy.deepcopy(other._manifest["files"])
+    self.finish(other.record)
+
+  def clean(self, names: Sequence[str]) -> None:
+    """Removes finished files that nothing reads soon; the stage stays done, and what depends on it stays valid."""
+    finished = (self.root / MANIFEST).stat()
+    for name in names:
+      self._manifest["files"][name]["cleaned"] = True
+    self._save()
+    os.utime(self.root / MANIFEST, ns=(finished.st_atime_ns, finished.st_mtime_ns))  # see `Workdir.finished`
+    for name in names:
+      (self.root / name).unlink(missing_ok=True)
+
+  def forget_cleaned(self) -> None:
+    """Makes the stage one that has to make again what `clean` removed."""
+    self._manifest |= {"files": self._there, "done": False}
+    self._save()
+
   def missing(self) -> list[str]:
     """Recorded files that are gone or of another size (checksums are verified when a file is read)."""
 
@@ -177,7 +225,7 @@ class StageStore:
       path = self.root / name
       return not path.is_file() or path.stat().st_size != info["bytes"]
 
-    return [name for name, info in self._manifest["files"].items() if broken(name, info)]
+    return [name for name, info in self._there.items() if broken(name, info)]
 
   def content(self, *, times_too: bool = False) -> str:
     """Digest of everything that the stage made, without what lies under `timing`: the key of stages that read it."""
@@ -240,9 +288,15 @@ class StageStore:
 
     Raises:
       CorruptFileError: the file is not what was written, or not there.
+      CleanedFileError: it was removed by `clean`.
     """
     path = self.root / name
     info = self._manifest["files"].get(name)
+    if info and info.get("cleaned"):
+      raise CleanedFileError(
+        f"{path} was removed by experiments.clean; delete {self.root} and start the run again to have it made anew",
+        self.root,
+      )
     if info is None or not path.is_file() or file_digest(path) != info["sha256"]:
       self._forget(name)
       self._manifest["done"] = False
@@ -277,6 +331,11 @@ class Workdir:
     path = self.root / name
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+  def append(self, name: str, record: Mapping[str, Any]) -> None:
+    """Adds a line to a JSON-lines file of the directory itself."""
+    with (self.root / name).open("a") as f:
+      print(json.dumps(record, allow_nan=False), file=f)
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:

@@ -131,10 +131,11 @@ class Tokenizer:
     """Reads a Hugging Face folder: tokenizer.json, and what there is of tokenizer_config.json,
     special_tokens_map.json, generation_config.json and chat_template.jinja.
 
-    As in Transformers, tokenizer.json decides what goes around a text, whatever `add_bos_token` says beside it.
+    As in Transformers, tokenizer.json decides what goes around a text; an `add_bos_token` that it does not follow is
+    refused, since older releases of Transformers did add that token.
 
     Raises:
-      PuzzleError: no tokenizer.json, a file that cannot be read, or no EOS token.
+      PuzzleError: no tokenizer.json, a file that cannot be read, no EOS token, or no BOS where one is announced.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -155,7 +156,14 @@ class Tokenizer:
     backend.no_padding()
     jinja = folder / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else _default_template(config.get("chat_template"))
-    return cls._build(backend, special, template=template, ends=ends, source=str(folder))
+    tokenizer = cls._build(backend, special, template=template, ends=ends, source=str(folder))
+    if config.get("add_bos_token") and tokenizer.encode("")[:1] != [tokenizer.bos_id]:
+      raise PuzzleError(
+        f"{folder}: tokenizer_config.json says add_bos_token, and tokenizer.json puts no BOS before a text: the parent "
+        "would not read what it was trained on; add it to the post_processor of tokenizer.json, or set add_bos_token "
+        "to false"
+      )
+    return tokenizer
 
   @classmethod
   def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":

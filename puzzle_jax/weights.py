@@ -161,7 +161,9 @@ class StoredModel:
     """
     for name in self.architecture.checkpoint_shapes():
       if bad := int(np.count_nonzero(~np.isfinite(self.weights.read(name)))):
-        raise PuzzleError(f"{self.location}: tensor {name} holds {bad} values that are NaN or infinite")
+        raise PuzzleError(
+          f"{self.location}: tensor {name} holds {bad} values that are NaN or infinite; download it again"
+        )
 
   def _read(self, name: str, dtype: np.typing.DTypeLike | None) -> np.ndarray:
     array = self.weights.read(name)

@@ -39,7 +39,7 @@ def test_what_flags_give_becomes_what_the_stages_take():
   "values, message",
   [
     # unknown keys, with the nearest known one
-    ({"serach": {}}, "unknown config key config.serach; did you mean search? known: name, parent, data"),
+    ({"serach": {}}, "unknown config key config.serach; did you mean search? known: name, parent, device, mesh, data"),
     ({"bld": {"lerning_rate": 1e-4}}, "unknown config key config.bld.lerning_rate; did you mean learning_rate?"),
     (
       {"search": {"limits": {"min_sped_up": 2}}},

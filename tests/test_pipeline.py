@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import space, stages
+from puzzle_jax import metrics, plan, space, stages
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.bld import CoupledConfig
+from puzzle_jax.cleaning import clean
 from puzzle_jax.config import RunConfig
-from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
+from puzzle_jax.needs import needs
 from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
 from puzzle_jax.refine import Children
@@ -32,7 +35,7 @@ from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run, open_run
 from puzzle_jax.scoring import Scorer
 from puzzle_jax.search.table import Table
-from puzzle_jax.store import MANIFEST, Workdir, file_digest
+from puzzle_jax.store import MANIFEST, CleanedFileError, Workdir, file_digest
 
 # Of the run below on a CPU. Update them (the test prints the new ones) only with a change that means to change results.
 GOLDEN = {
@@ -191,6 +194,7 @@ def test_the_summary_of_an_unfinished_run_leaves_out_what_is_stale(copy: Path, f
     "library",
     "scores",
     "search",
+    "coupled",
     "child",
   ]
   assert not found.keys() & {"gkd", "samples", "before_gkd", "timing_rounds"}
@@ -272,6 +276,102 @@ def test_killed_runs_end_the_same(config: RunConfig, finished: Run, tmp_path: Pa
     assert not Workdir(workdir).stage("evaluation").done
   puzzle_jax.run(config, workdir, quiet=True)
   assert contents(workdir) == contents(finished.workdir.root)
+  assert not Workdir(workdir).stage("data").record["resumed"]
+  assert Workdir(workdir).stage("gkd").record["resumed"]
+  # What was recorded twice is there once, and it is what an undisturbed run records.
+  for folder, steps in [("gkd/metrics", 6), *((f"library/metrics/layer_{i:02d}", 6) for i in range(4))]:
+    found, expected = (metrics.read(root / folder) for root in (workdir, finished.workdir.root))
+    assert [r.pop("step") for r in found] == [r.pop("step") for r in expected] == list(range(1, steps + 1))
+    times = [r.pop("time") for r in found]
+    assert times == sorted(times)
+    assert found == [{k: v for k, v in r.items() if k != "time"} for r in expected]
+  starts = [json.loads(line) for line in (workdir / "launches.jsonl").read_text().splitlines()]
+  assert len(starts) == 4
+  assert all(start["versions"]["jax"] and start["stages"] == [s.name for s in STAGES] for start in starts)
+
+
+def changed_target(config: RunConfig, ratio: float) -> RunConfig:
+  limits = dataclasses.replace(config.search.limits, max_params_ratio=ratio)
+  return dataclasses.replace(config, search=dataclasses.replace(config.search, limits=limits))
+
+
+def test_a_cleaned_run_redoes_only_what_is_needed(config: RunConfig, finished: Run, copy: Path) -> None:
+  run = puzzle_jax.open_run(copy)
+  with run.workdir.lock(), pytest.raises(puzzle_jax.PuzzleError, match="is in use by process"):
+    clean(run)
+  before, order = written(copy), [store.root.name for store in run.workdir.finished()]
+  weights = sum(p.stat().st_size for name in ("activations", "library") for p in (copy / name).rglob("*.safetensors"))
+  assert clean(run) == weights
+  assert clean(run) == 0
+  assert not list(copy.glob("activations/**/*.safetensors"))
+  assert [store.root.name for store in run.workdir.finished()] == order
+  assert (run.summary, run.child.architecture) == (finished.summary, finished.child.architecture)
+  assert run.library.losses(2) == finished.library.losses(2)
+  with pytest.raises(CleanedFileError, match=r"was removed by experiments.clean; delete .*library"):
+    run.library.load(2, "ffn.w32")
+
+  puzzle_jax.run(config, copy, quiet=True)
+  puzzle_jax.run(dataclasses.replace(config, name="other"), copy, quiet=True)
+  assert {name for name, mtime in written(copy).items() if mtime != before[name]} == {"report"}
+  puzzle_jax.run(changed_target(config, 0.6), copy, stages=["search", "activations", "library", "child"], quiet=True)
+  again = {name for name, mtime in written(copy).items() if mtime != before[name]}
+  assert again == {"activations", "library", "search", "child", "report"}
+  assert {**contents(copy), "search": "", "child": ""} == {**contents(finished.workdir.root), "search": "", "child": ""}
+  shutil.rmtree(copy / "report")
+  with pytest.raises(puzzle_jax.PuzzleError, match=r"is not finished \(report to do\)"):
+    clean(puzzle_jax.open_run(copy))
+
+
+def test_stages_of_another_run_are_reused(config: RunConfig, finished: Run, tmp_path: Path) -> None:
+  upto = [s.name for s in STAGES[:6]]
+  run = puzzle_jax.run(
+    changed_target(config, 0.6), tmp_path / "new", stages=upto, reuse=finished.workdir.root, quiet=True
+  )
+  found, expected = contents(run.workdir.root), contents(finished.workdir.root)
+  assert {name for name in upto if found[name] == expected[name]} == {*upto} - {"search"}
+  files = [Path(root) / "library" / "layer_00.safetensors" for root in (run.workdir.root, finished.workdir.root)]
+  assert files[0].samefile(files[1])
+  assert run.store("library").record == finished.store("library").record
+  # What replaces a file leaves the other run's as it is.
+  run.store("data").put_json("data.json", {})
+  assert contents(finished.workdir.root) == expected
+  with pytest.raises(puzzle_jax.PuzzleError, match="reuse='nowhere' is no run's directory"):
+    puzzle_jax.run(config, tmp_path / "a", reuse="nowhere", quiet=True)
+
+
+def test_the_plan_says_what_is_to_do_and_why(
+  config: RunConfig, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  root = finished.workdir.root
+  before = written(root)
+  assert [s.todo for s in plan.make(config, root).stages] == [None] * len(STAGES)
+  longer = dataclasses.replace(config, bld=dataclasses.replace(config.bld, steps=60))
+  planned = plan.make(longer, root)
+  todo = {s.name: s.todo for s in planned.stages if s.todo}
+  assert todo["library"] == "bld.steps 6 -> 60"
+  assert todo["scores"] == "only if library comes out different"
+  names = [s.name for s in STAGES]
+  assert list(todo) == names[names.index("library") :]
+
+  # Seconds: what a run beside it on the same hardware recorded, by FLOPs; else from FLOPs alone.
+  library = next(s for s in planned.stages if s.name == "library")
+  record = finished.store("library").record
+  assert library.seconds == pytest.approx(record["timing"]["seconds"] * library.need.flops / record["flops"])
+  assert 5 < library.need.flops / record["flops"] < 10
+  assert f"from the seconds that {root} took" in str(planned)
+  monkeypatch.setattr(jax_timing, "hardware", lambda: "another machine")
+  rough = plan.make(longer, root.parent / "new")
+  assert "may be off several times" in str(rough)
+  assert next(s for s in rough.stages if s.name == "library").seconds > 0
+  assert not (root.parent / "new").exists()
+  assert written(root) == before
+
+  # Bytes by arithmetic are those of the arrays that were written.
+  need = needs(config, finished.parent.architecture, finished.space)
+  for stage, pattern in (("library", "*"), ("activations", "[th]*/*")):
+    files = (root / stage).glob(f"{pattern}.safetensors")
+    arrays = [a for file in files for a in safetensors.numpy.load_file(file).values()]
+    assert need[stage].disk_bytes == sum(a.nbytes for a in arrays)
 
 
 def test_scores_of_a_task_go_on_within_a_layer(

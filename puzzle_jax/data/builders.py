@@ -105,7 +105,7 @@ def _field(line: str, name: str, where: str) -> str:
     raise PuzzleError(f"{where} is not JSON ({e}); .jsonl holds one object a line") from e
   if not isinstance(row, dict) or not isinstance(row.get(name), str):
     columns = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
-    raise PuzzleError(f"{where} has no text in {name!r}; its text fields are {columns}: set the text field to one")
+    raise PuzzleError(f"{where} has no text in {name!r}; its text fields are {columns}: set data.text_field to one")
   return row[name]
 
 

@@ -81,7 +81,7 @@ def _files(pattern: str) -> list[Path]:
   files = [p for p in found if p.is_file()]
   if not files:
     hint = f"; {path} is a folder: say {path}/*.txt or {path}/*.jsonl" if path.is_dir() else ""
-    raise PuzzleError(f"no file matches {pattern!r}{hint}")
+    raise PuzzleError(f"no file matches {pattern!r}{hint or '; check the path (data.source)'}")
   for file in files:
     if not file.name.endswith(builders.SUFFIXES):
       raise PuzzleError(f"{file} is none of {', '.join(builders.SUFFIXES)}; convert it, or narrow {pattern!r}")

@@ -93,7 +93,8 @@ def pack(
       break
   if wanted is not None and total < wanted:
     raise PuzzleError(
-      f"{wanted:,} tokens are asked for and the {len(documents):,} documents hold {total:,}; ask for fewer or add text"
+      f"{wanted:,} tokens are asked for and the {len(documents):,} documents hold {total:,}; ask for fewer "
+      "(data.train_tokens + data.gkd_tokens, held out: data.heldout_tokens + data.eval_tokens) or name more text"
     )
   if not total:
     raise PuzzleError("there are no documents to pack; name a source that holds some")

@@ -84,6 +84,8 @@ def _open_folder(folder: Path, name: str) -> Parent:
     child = checkpoint.open_checkpoint(folder)
     license = child.metadata.get("license")
     return Parent(child.architecture, child.weights, str(folder), name=name, license=license, path=folder)
+  if (folder / "gkd" / "model").is_dir():
+    raise PuzzleError(f"{folder} is a run's directory; the child that it made is {folder / 'gkd' / 'model'}")
   architecture, weights = huggingface.open_folder(folder)
   license = huggingface.read_license(folder)
   return Parent(architecture, weights, str(folder), name=name, license=license, path=folder)

@@ -172,7 +172,10 @@ def read_config(config: Config) -> Architecture:
   """
   model_type = config.get("model_type")
   if model_type not in FAMILIES:
-    raise PuzzleError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    raise PuzzleError(
+      f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)} "
+      "(docs/architecture.md says how to add a family)"
+    )
   try:
     return FAMILIES[model_type].read(config)
   except (KeyError, TypeError) as e:

@@ -40,9 +40,10 @@ def download(repository: str) -> Path:
   except RepositoryNotFoundError as e:
     raise PuzzleError(f"{repository} is neither a directory here nor a hub repository that you can read") from e
   except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    reason = " ".join(str(e).split())[:120]
     raise PuzzleError(
-      f"{repository} could not be fetched from the hub ({e}); check the network, or copy the model's directory here "
-      "and give its path"
+      f"{repository} is no directory here and could not be fetched from the hub ({reason}); check the network and the "
+      "path, or copy the model's directory here"
     ) from e
 
 

@@ -1,0 +1,77 @@
+"""What is checked before any work of a run: that its config fits the parent, the data at hand and the machine."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from puzzle_jax.costs import CostTable
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.runs import Run
+from puzzle_jax.store import read_json
+
+
+def memory_bytes() -> int:
+  """Of the first device: its own, or the machine's where it has none of its own."""
+  stats = jax.devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check(run: Run) -> None:
+  """Refuses what a later stage could not make good.
+
+  Raises:
+    PuzzleError: names the value and the remedy.
+  """
+  _check_device(run)
+  _check_cost_table(run)
+  _check_context(run)
+  tokenizer = run.tokenizer
+  if run.config.evaluation.prompts and tokenizer.chat_template is None:
+    raise PuzzleError(
+      "evaluation.prompts are chat messages, and the parent's tokenizer has no chat template; set "
+      "--config.evaluation.prompts='()', or use an instruct parent"
+    )
+
+
+def _check_device(run: Run) -> None:
+  install = "on a machine with an NVIDIA GPU, `pip install 'puzzle_jax[cuda]'` gives JAX what it needs"
+  try:
+    found = jax.devices()[0].platform
+  except (RuntimeError, AssertionError) as e:  # JAX asserts where a platform's plugin is not installed
+    asked = os.environ.get("JAX_PLATFORMS")
+    raise PuzzleError(f"JAX finds no device of JAX_PLATFORMS={asked!r}; unset it, or: {install}") from e
+  if run.config.device == "gpu" and found != "gpu":
+    raise PuzzleError(
+      f"the config {run.config.name} is for a GPU and JAX finds only {found}: {install}; "
+      "--config.device=any runs it here all the same"
+    )
+
+
+def _check_cost_table(run: Run) -> None:
+  costs = run.config.costs
+  if not costs.table:
+    return
+  if not Path(costs.table).is_file():
+    raise PuzzleError(f"costs.table={costs.table!r} is no file; leave it empty to time costs here")
+  table = CostTable.from_json(read_json(Path(costs.table)))
+  known = {s.name: (s.input_tokens, s.output_tokens) for s in table.scenarios}
+  asked = costs.scenario
+  if known.get(asked.name) != (asked.input_tokens, asked.output_tokens):
+    raise PuzzleError(
+      f"costs.table={costs.table!r} holds the scenarios {', '.join(known)} (input/output tokens), the config asks for "
+      f"{asked.name}; set costs.input_tokens and costs.output_tokens to one of them, or measure anew"
+    )
+
+
+def _check_context(run: Run) -> None:
+  limit, config = run.parent.architecture.config.max_context, run.config
+  if config.data.seq_len > limit:
+    raise PuzzleError(
+      f"data.seq_len={config.data.seq_len} is more than the parent's context of {limit} tokens; lower it"
+    )
+  if config.costs.scenario.tokens > limit:
+    raise PuzzleError(
+      f"costs.input_tokens + costs.output_tokens = {config.costs.scenario.tokens} is more than the parent's context of "
+      f"{limit} tokens; lower them"
+    )
