@@ -55,7 +55,7 @@ def _keep(root: Path) -> None:
 def main(argv: list[str]) -> None:
   del argv
   try:
-    _keep(Path(__file__).parent.parent / records.FOLDER / _NAME.value)
+    _keep(records.FOLDER / _NAME.value)
   except PuzzleError as e:
     sys.exit(f"error: {e}")
 

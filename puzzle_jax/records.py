@@ -17,8 +17,7 @@ from typing import Any
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.search.table import Table
 
-FOLDER = "experiments/results/smollm2_135m"  # in a checkout
-URL = f"https://raw.githubusercontent.com/puzzle-jax/puzzle_jax/main/{FOLDER}"
+FOLDER = Path(__file__).parents[1] / "experiments" / "results" / "smollm2_135m"  # in a checkout
 NAMES = ("full_space", "quickstart")
 
 
@@ -68,17 +67,14 @@ def open_record(source: str | os.PathLike[str] = "", *, name: str = "full_space"
   """Opens what there is to see of a run.
 
   Args:
-    source: its work directory, or the https URL of one, such as a public bucket's. "": one of the repository's records,
-      from the checkout that the program runs in, or else from GitHub.
+    source: its work directory, or the https URL of one, such as a public bucket's. "": one of the repository's records.
     name: which of them, of `NAMES`.
 
   Raises:
     PuzzleError: no such record.
   """
-  if source:
-    return Record(os.fspath(source))
-  if name not in NAMES:
+  if not source and name not in NAMES:
     raise PuzzleError(f"there is no record {name!r}; known: {', '.join(NAMES)}")
-  here = Path.cwd()
-  found = [str(folder / FOLDER / name) for folder in (here, *here.parents) if (folder / FOLDER / name).is_dir()]
-  return Record(found[0] if found else f"{URL}/{name}")
+  if not source and not FOLDER.is_dir():
+    raise PuzzleError("the records come with a checkout of the repository; clone it, or name a run's work directory")
+  return Record(os.fspath(source or FOLDER / name))

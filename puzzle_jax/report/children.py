@@ -1,6 +1,7 @@
 """Children that the search found, to look at side by side: the strip of their blocks, and where they stand against the
 frontier (paper section 5)."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -12,6 +13,27 @@ from puzzle_jax.search import FrontierPoint, Solution
 
 _SLOTS = {"attention": ("attention", plots.ATTENTION), "ffn": ("FFN", plots.FFN)}
 _MARKS = (("diamond", plots.FFN), ("square", plots.GREY), ("triangle-up", plots.GREY), ("cross", plots.GREY))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A child in a table."""
+
+  child: str
+  score: float
+  tokens_per_s: float
+  first_token_ms: float
+  memory: str
+  parameters: str
+
+
+def rows(children: Mapping[str, Solution | None]) -> list[Row]:
+  """Children by name, one a row; None is left out."""
+  return [
+    Row(name, s.score, s.throughput, 1e3 * s.first_token_s, number(s.memory_bytes, "B"), number(s.params))
+    for name, s in children.items()
+    if s is not None
+  ]
 
 
 def strip(parent: Sequence[str], child: Sequence[str]) -> go.Figure:

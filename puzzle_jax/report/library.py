@@ -1,5 +1,5 @@
-"""How well the block library's variants were distilled (paper sections 2 and 3): losses by layer, what the first weights
-and what training were worth, and the training curves. Losses are held-out, of a block's own output (`delta`)."""
+"""How well the block library's variants were distilled (paper sections 2 and 3): losses by layer, what the first
+weights and what training were worth, and the training curves. Losses are held-out, of what a block adds (`delta`)."""
 
 import statistics
 from collections import defaultdict
