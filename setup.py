@@ -11,7 +11,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-FOR_THIS_REPOSITORY = {"block_library", "compare", "golden", "interactions", "readme", "record", "tiny_parent"}
+FOR_THIS_REPOSITORY = {
+  "block_library",
+  "compare",
+  "golden",
+  "interactions",
+  "keep_record",
+  "pictures",
+  "readme",
+  "record",
+  "tiny_parent",
+}
 COMMANDS = sorted(path.stem for path in (HERE / "experiments").glob("*.py") if path.stem not in FOR_THIS_REPOSITORY)
 
 setup(
@@ -50,13 +60,18 @@ setup(
     "tqdm>=4.66,<5",
   ],
   extras_require={
+    "colab": ["ipykernel>=6.29,<8", "ipywidgets>=8,<9", "nbformat>=5.10,<6"],
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "export": ["torch>=2.11,<2.14", "transformers>=5.17,<5.24"],
     "lm_eval": ["lm_eval>=0.4.13,<0.5"],
     "wandb": ["wandb>=0.24,<1"],
     "dev": [
       "hypothesis>=6.100,<7",
+      "ipykernel>=6.29,<8",
+      "ipywidgets>=8,<9",
       "mypy>=2.0,<3",
+      "nbclient>=0.10,<0.12",
+      "nbformat>=5.10,<6",
       "playwright>=1.50,<2",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",

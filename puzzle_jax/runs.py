@@ -14,7 +14,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from puzzle_jax import data, mesh, space
+from puzzle_jax import data, mesh, scoring, space
+from puzzle_jax.arch import Architecture
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.errors import PuzzleError
@@ -60,6 +61,27 @@ class Run:
     layers = [self.parent.layer(i) for i in range(self.parent.architecture.num_layers)]
     params = to_device(self.parent.head() | {"layers": layers})
     return LanguageModel(self.parent.architecture, params, self.tokenizer)
+
+  def parent_with(self, layer: int, block: str) -> LanguageModel:
+    """The parent with one block, such as `gqa1/w768`, in a layer's place: the library's, or of it and the parent.
+
+    Raises:
+      PuzzleError: no such layer, or the space has no such block there.
+    """
+    layers = self.space.layers
+    if not 0 <= layer < len(layers):
+      raise PuzzleError(f"layer {layer} does not exist; the parent has 0 to {len(layers) - 1}")
+    found = {spec.name: spec for spec in layers[layer].blocks}
+    if block not in found:
+      raise PuzzleError(f"layer {layer} has no variant {block!r}; it has {', '.join(found)}")
+    parent, spec = self.parent_model, found[block]
+    blocks, weights = list(parent.architecture.blocks), list(parent.params["layers"])
+    blocks[layer] = spec
+    weights[layer] = to_device(
+      scoring.block_weights(layers[layer], spec, weights[layer], self.library.load_layer(layer))
+    )
+    architecture = Architecture(parent.architecture.config, tuple(blocks))
+    return LanguageModel(architecture, {**parent.params, "layers": weights}, self.tokenizer)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:

@@ -149,15 +149,23 @@ def _seconds(summary: Summary, block: str) -> float | None:
   return None if None in parts else sum(parts)
 
 
+def saved_ms(summary: Summary, layer: int, block: str) -> float | None:
+  """What a block saves in the target's scenario in place of the parent's own; None without costs."""
+  space = summary["space"][layer]
+  own, seconds = _seconds(summary, f"{space['attention'][0]}/{space['ffn'][0]}"), _seconds(summary, block)
+  return None if own is None or seconds is None else 1e3 * (own - seconds)
+
+
 def cost_against_score(summary: Summary) -> go.Figure | None:
-  """What each block saves against what it costs in quality, the chosen ringed; without the parent's own, at 0."""
-  layers, chosen, points = block_scores(summary), chosen_blocks(summary), []
-  for i, (space, scores) in enumerate(zip(summary.get("space") or [], layers, strict=False)):
-    own = _seconds(summary, f"{space['attention'][0]}/{space['ffn'][0]}")
-    for name, score in scores.items():
-      seconds = _seconds(summary, name)
-      if own is not None and seconds is not None:
-        points.append((1e3 * (own - seconds), max(score.value, FLOOR), f"layer {i}, {name}<br>{score}", i, name))
+  """What each block saves against what it costs in quality, with standard errors, the chosen ringed; without the
+  parent's own, at 0."""
+  layers, chosen = block_scores(summary), chosen_blocks(summary)
+  points = [
+    (saved, max(score.value, FLOOR), score, i, name)
+    for i, scores in enumerate(layers)
+    for name, score in scores.items()
+    if (saved := saved_ms(summary, i, name)) is not None
+  ]
   if not points:
     return None
   picked = [p for p in points if p[3] < len(chosen) and chosen[p[3]] == p[4]]
@@ -166,9 +174,13 @@ def cost_against_score(summary: Summary) -> go.Figure | None:
     ("scored", points, {"size": 6, "color": [p[3] for p in points], "colorscale": "Viridis", "opacity": 0.75}),
     ("chosen", picked, {"size": 12, "symbol": "circle-open", "color": "#c1121f", "line": {"width": 2}}),
   ):
-    x, y, text = [p[0] for p in group], [p[1] for p in group], [p[2] for p in group]
+    x, y, text = [p[0] for p in group], [p[1] for p in group], [f"layer {i}, {n}<br>{s}" for *_, s, i, n in group]
+    # Down to the axis's floor at most: it is logarithmic.
+    up, down = [p[2].stderr for p in group], [min(p[2].stderr, p[1] - FLOOR) for p in group]
+    bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0, "thickness": 0.7}
     hover = "%{text}<br>saves %{x:.3g} ms<extra></extra>"
-    figure.add_scatter(x=x, y=y, text=text, name=name, mode="markers", marker=marker, hovertemplate=hover)
+    bars |= {"color": GREY, "visible": name == "scored"}
+    figure.add_scatter(x=x, y=y, text=text, name=name, error_y=bars, mode="markers", marker=marker, hovertemplate=hover)
   bar = {"title": {"text": "layer", "side": "top"}, "thickness": 10, "len": 0.8, "dtick": _layer_step(layers)}
   figure.data[0].marker.update(showscale=True, colorbar=bar)
   return _style(figure, height=420, x="ms saved in the scenario", y="score, nats a token", log_y=[p[1] for p in points])

@@ -4,15 +4,16 @@ All take the arguments of `search.solve` and return children that meet the limit
 None: nothing is proven. Every batch is tried and the child of lowest score kept (`random_feasible` draws one).
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search import Limits, Program, Solution, Tables, infeasible, programs, solution
+from puzzle_jax.search import Limits, Program, Solution, Tables, infeasible, programs, solution, solve
 from puzzle_jax.search.table import Table
 
 Choice = tuple[int, ...]
@@ -189,3 +190,25 @@ BASELINES: dict[str, Baseline] = {
   "most_parameters": most_parameters,
   "random_feasible": random_feasible,
 }
+
+
+def compare(
+  table: Tables, limits: Limits | None = None, *, rules: Sequence[str] = ("greedy", "uniform"), **where: Any
+) -> dict[str, Solution | None]:
+  """The optimal child, and under the same limits those of simpler rules; None: a rule finds none.
+
+  Args:
+    table: scores and costs.
+    limits: what to meet.
+    rules: of `BASELINES`.
+    **where: scenario, batch and the like, as in `search.solve`.
+
+  Raises:
+    PuzzleError: nothing meets the limits (says which and what can be reached).
+  """
+  children: dict[str, Solution | None] = {"optimal": solve(table, limits, **where)[0]}
+  for rule in rules:
+    children[rule] = None
+    with contextlib.suppress(PuzzleError):  # the rule's own failure: the search has found a child
+      children[rule] = BASELINES[rule](table, limits, **where)[0]
+  return children
