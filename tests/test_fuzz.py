@@ -112,8 +112,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A parent in each of the formats."""
   folder = tmp_path_factory.mktemp("whole")
   tiny_parent.write(folder / "child")
-  (folder / "nas").mkdir()
-  export_hf(folder / "child", folder / "nas", dtype="float32", card="")
+  export_hf(folder / "child", folder / "nas", dtype="float32")
   shutil.copytree(folder / "child", folder / "llama")
   (folder / "llama" / "architecture.json").unlink()
   config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
