@@ -54,11 +54,11 @@ def damaged_json(data: Any, rng: random.Random) -> Any:
       if kind < 0.2:
         del node[key]
       elif kind < 0.3 and isinstance(node, dict):
-        node[rng.choice(_KEYS)] = rng.choice(_STRANGE)
+        node[rng.choice(_KEYS)] = copy.deepcopy(rng.choice(_STRANGE))
       elif kind < 0.4 and isinstance(node[key], str):
         node[key] = node[key][: rng.randrange(len(node[key]) + 1)] + rng.choice(["é", "/", "../x", "\ud800"])
       else:
-        node[key] = rng.choice(_STRANGE)
+        node[key] = copy.deepcopy(rng.choice(_STRANGE))
       break
   return data
 

@@ -189,5 +189,5 @@ def read_config(config: Config) -> Architecture:
     )
   try:
     return FAMILIES[model_type].read(config)
-  except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
+  except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
     raise PuzzleError(f"config.json of a {model_type} model: {e!r}; take the file from the original model") from e

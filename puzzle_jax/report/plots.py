@@ -113,7 +113,7 @@ def heat_map(summary: Summary) -> go.Figure | None:
   ring = {"symbol": "circle", "size": 7, "color": "white", "line": {"color": INK, "width": 1.5}}
   figure.add_scatter(x=[i for i, _ in noise], y=[n for _, n in noise], marker=cross, name="noise", **marks)
   figure.add_scatter(x=list(range(len(chosen))), y=chosen, marker=ring, name="chosen", **marks)
-  _style(figure, height=120 + 20 * len(rows), x="", y="")
+  _style(figure, height=130 + 20 * len(rows), x="layer", y="")
   figure.update_yaxes(type="category", range=[len(rows) - 0.5, -0.5], showgrid=False)
   return figure.update_xaxes(showgrid=False, range=[-0.5, len(layers) - 0.5], dtick=_layer_step(layers))
 
