@@ -175,7 +175,19 @@ def export_speed() -> str:
   return f"{heading}\n\n{_table(header, rows)}"
 
 
-_WRITERS = (quickstart, parent_quality, interactions, compare, search, engines, export_fidelity, export_speed)
+def faults() -> str:
+  """What the fault drill tried, and how often the run ended as an undisturbed one."""
+  record = _record("faults")
+  kinds = {"kills": "SIGKILL", "damages": "damaged files", "full_disks": "full disks"}
+  rows = []
+  for key, label in kinds.items():
+    found = record[key]
+    stages = ", ".join(f"{name} {count}" for name, count in found["by_stage"].items())
+    rows.append([label, f"{found['cases']}", f"{found['passed']}", stages])
+  return f"{_run_by(record)}\n\n{_table(['fault', 'cases', 'ended the same', 'by stage'], rows)}"
+
+
+_WRITERS = (quickstart, parent_quality, interactions, compare, search, engines, export_fidelity, export_speed, faults)
 TABLES = {f.__name__: f for f in _WRITERS}
 
 

@@ -59,7 +59,7 @@ def test_runs_on_the_tiny_run(path: Path, workdir: Path, tmp_path: Path) -> None
   notebook = execute(path, tmp_path / "here", str(workdir))
   assert "Traceback" not in outputs(notebook)
   figures = [cell for cell in notebook.cells if "application/vnd.plotly.v1+json" in str(cell.get("outputs", ""))]
-  assert len(figures) == {"block_scores": 4, "search": 2, "block_library": 3, "child": 1}[path.stem]
+  assert len(figures) == {"block_scores": 4, "search": 3, "block_library": 3, "child": 1}[path.stem]
 
 
 @pytest.mark.parametrize("name", ["block_scores", "search", "block_library"])
