@@ -44,7 +44,8 @@ def execute(path: Path, folder: Path, workdir: str = "") -> nbformat.NotebookNod
   switch.source = switch.source.replace('""', repr(workdir), 1)
   folder.mkdir(exist_ok=True)
   client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
-  # Its own stand-in for widgets in a page misses the end of a cell now and then, and waits until the timeout.
+  # Its own stand-in for widgets in a page misses the end of a cell now and then, and waits until the timeout. Without
+  # it, what `interact` draws is an output of its cell.
   client.comm_open_handlers.clear()
   client.execute()
   return notebook
@@ -59,7 +60,7 @@ def test_runs_on_the_tiny_run(path: Path, workdir: Path, tmp_path: Path) -> None
   notebook = execute(path, tmp_path / "here", str(workdir))
   assert "Traceback" not in outputs(notebook)
   figures = [cell for cell in notebook.cells if "application/vnd.plotly.v1+json" in str(cell.get("outputs", ""))]
-  assert len(figures) == {"block_scores": 4, "search": 2, "block_library": 3, "child": 1}[path.stem]
+  assert len(figures) == {"block_scores": 4, "search": 3, "block_library": 3, "child": 1}[path.stem]
 
 
 @pytest.mark.parametrize("name", ["block_scores", "search", "block_library"])
