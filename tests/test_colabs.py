@@ -44,7 +44,8 @@ def execute(path: Path, folder: Path, workdir: str = "") -> nbformat.NotebookNod
   switch.source = switch.source.replace('""', repr(workdir), 1)
   folder.mkdir(exist_ok=True)
   client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
-  # Its own stand-in for widgets in a page misses the end of a cell now and then, and waits until the timeout.
+  # Its own stand-in for widgets in a page misses the end of a cell now and then, and waits until the timeout. Without
+  # it, what `interact` draws is an output of its cell.
   client.comm_open_handlers.clear()
   client.execute()
   return notebook

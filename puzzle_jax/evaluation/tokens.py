@@ -53,8 +53,12 @@ def compare_tokens(parent: LanguageModel, child: LanguageModel, text: str) -> li
   p, q = (scipy.special.log_softmax(m.logits(tokens_1T)[0, :-1].astype(np.float64), axis=-1) for m in (parent, child))
   kl_T = np.sum(np.exp(p) * (p - q), axis=-1)
 
+  # Decoded behind another token: decoders of SentencePiece strip the space before a text's first.
+  before = parent.tokenizer.encode("a", add_special=False)
+  start = len(parent.tokenizer.decode(before))
+
   def word(token: int) -> str:
-    return parent.tokenizer.decode([int(token)])
+    return parent.tokenizer.decode([*before, int(token)])[start:]
 
   return [
     TokenComparison(

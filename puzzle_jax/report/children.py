@@ -48,15 +48,20 @@ def strip(parent: Sequence[str], child: Sequence[str]) -> go.Figure:
   for row, (slot, (title, colour)) in enumerate(_SLOTS.items(), start=1):
     layers, here = list(range(len(cells[slot]))), cells[slot]
     figure.add_bar(x=layers, y=[1] * len(here), marker_color="#eef0f2", hoverinfo="skip", row=row, col=1)
-    hatch = {"shape": ["/" if c.stem == "linear" else "" for c in here], "size": 5, "solidity": 0.35, "fgcolor": colour}
-    shown = ["white" if c.stem == "linear" else colour for c in here]
+    # The hatching has the marker's colour; what plotly calls fgcolor is not used beside that.
+    hatch = {
+      "shape": ["/" if c.stem == "linear" else "" for c in here],
+      "size": 5,
+      "solidity": 0.35,
+      "bgcolor": "white",
+    }
     hover = "layer %{x}: %{text}<extra></extra>"
     figure.add_bar(
       x=layers,
       y=[c.share for c in here],
       text=[c.label for c in here],
       textposition="none",
-      marker={"color": shown, "pattern": hatch, "line": {"width": 0}},
+      marker={"color": colour, "pattern": hatch, "line": {"width": 0}},
       hovertemplate=hover,
       row=row,
       col=1,

@@ -17,6 +17,8 @@ _TEXT = "font: 15px/1.9 ui-monospace, 'DejaVu Sans Mono', monospace; white-space
 def _cell(value: Any) -> str:
   if value is None:
     return MISSING
+  if isinstance(value, str) and (value != value.strip() or not value.isprintable()):
+    return repr(value)  # a token: its spaces and line breaks are part of it
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
