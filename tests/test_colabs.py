@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from tiny_costs import write_costs
 
 import puzzle_jax
 from configs import tiny
@@ -27,6 +28,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
   tiny_parent.write(folder / "parent")
   config = tiny.get_config()
   config.parent = str(folder / "parent")
+  write_costs(folder / "costs.json", config.parent)
+  config.costs.table = str(folder / "costs.json")
   puzzle_jax.run(config.to_dict(), folder / "run", quiet=True)
   return folder / "run"
 

@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny_costs import write_costs
 
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import memory, metrics, plan, preemption, space, stages
+from puzzle_jax import memory, metrics, plan, preemption, stages
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.bld import CoupledConfig
 from puzzle_jax.cleaning import clean
 from puzzle_jax.config import RunConfig
-from puzzle_jax.costs import CostTable, Scenario, jax_timing
+from puzzle_jax.costs import jax_timing
 from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.needs import needs
-from puzzle_jax.parents import open_parent
 from puzzle_jax.pipeline import STAGES
 from puzzle_jax.refine import Children
 from puzzle_jax.report import closing_table, render
@@ -48,33 +48,6 @@ GOLDEN = {
   "perplexity": 348.07,
   "gkd_loss": 0.57477,
 }
-
-
-def write_costs(path: Path, parent: str) -> None:
-  """A given cost table, so that runs can be compared: seconds by parameters, attention dearer than FFNs."""
-  architecture = open_parent(parent).architecture
-  config = RunConfig.from_dict(tiny.get_config().to_dict())
-  layers = space.build(architecture, **dataclasses.asdict(config.space)).layers
-  scenario = config.costs.scenario
-
-  def seconds(params: int, weight: float = 1.0) -> dict[str, dict[str, dict[str, float]]]:
-    return {scenario.name: {"1": {"prefill_s": weight * 1e-7 * params, "decode_s": weight * 1e-5 * params}}}
-
-  subblocks = {s.id: s for layer in layers for s in (*layer.attention, *layer.ffn)}
-  table = CostTable(
-    backend="given",
-    hardware="none",
-    versions={},
-    bytes_per_value=4,
-    scenarios=(Scenario(scenario.name, scenario.input_tokens, scenario.output_tokens),),
-    subblocks={
-      name: seconds(s.num_params(architecture.config), 4.0 if s.slot == "attention" else 1.0)
-      for name, s in subblocks.items()
-    },
-    fixed=seconds(5_000),
-    details={},
-  )
-  path.write_text(json.dumps(table.to_json()))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,38 @@
+"""A given cost table for the tiny run: runs can be compared, and nothing has to be timed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from configs import tiny
+from puzzle_jax import space
+from puzzle_jax.config import RunConfig
+from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.parents import open_parent
+
+
+def write_costs(path: Path, parent: str) -> None:
+  """A given cost table, so that runs can be compared: seconds by parameters, attention dearer than FFNs."""
+  architecture = open_parent(parent).architecture
+  config = RunConfig.from_dict(tiny.get_config().to_dict())
+  layers = space.build(architecture, **dataclasses.asdict(config.space)).layers
+  scenario = config.costs.scenario
+
+  def seconds(params: int, weight: float = 1.0) -> dict[str, dict[str, dict[str, float]]]:
+    return {scenario.name: {"1": {"prefill_s": weight * 1e-7 * params, "decode_s": weight * 1e-5 * params}}}
+
+  subblocks = {s.id: s for layer in layers for s in (*layer.attention, *layer.ffn)}
+  table = CostTable(
+    backend="given",
+    hardware="none",
+    versions={},
+    bytes_per_value=4,
+    scenarios=(Scenario(scenario.name, scenario.input_tokens, scenario.output_tokens),),
+    subblocks={
+      name: seconds(s.num_params(architecture.config), 4.0 if s.slot == "attention" else 1.0)
+      for name, s in subblocks.items()
+    },
+    fixed=seconds(5_000),
+    details={},
+  )
+  path.write_text(json.dumps(table.to_json()))
