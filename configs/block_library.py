@@ -51,7 +51,7 @@ def _arm(name: str) -> RunConfig:
   left_alone = {str(i): {"attention": (), "ffn": ()} for i in range(30) if i not in LAYERS}
   config = RunConfig(
     name=f"block_library.py:{name}",
-    data=DataConfig(seq_len=length, train_tokens=2_097_152, gkd_tokens=8 * length, heldout_tokens=65_536),
+    data=DataConfig(seq_len=length, train_tokens=1_638_400, gkd_tokens=8 * length, heldout_tokens=65_536),
     activations=ActivationsConfig(batch_rows=32),
     space=SpaceConfig(ffn=(0.75, 0.5, 0.25, "linear", "none"), layers=left_alone),
     bld=bld,

@@ -12,6 +12,11 @@ tokens, for the comparisons of docs/search.md. It needs more text than the built
     python -m experiments.interactions --workdir=runs/compare
     python -m experiments.compare --workdir=runs/compare --name=compare
 
+`library` (one H100): the full space distilled on 20 M tokens, 2 M different ones ten times, and scored in pairs:
+
+    python -m experiments.run --config=configs/smollm2_135m.py:library --config.data.source=TEXT.jsonl.gz \
+      --workdir=runs/library --stages=data,costs,activations,library,scores,search
+
 The cost table was measured on two CPU cores, where children are fast by having few weights:
 
     python -m experiments.run --config=configs/smollm2_135m.py:compare --config.costs.table= --config.device=any \
@@ -19,6 +24,8 @@ The cost table was measured on two CPU cores, where children are fast by having 
 
 `python -m experiments.sweep` with either makes a child for each of several speeds.
 """
+
+import dataclasses
 
 import ml_collections
 
@@ -94,7 +101,18 @@ def _compare() -> RunConfig:
   )
 
 
-VARIANTS = {"quickstart": _quickstart, "compare": _compare}
+def _library() -> RunConfig:
+  compare = _compare()
+  return dataclasses.replace(
+    compare,
+    name="smollm2_135m.py:library",
+    data=dataclasses.replace(compare.data, train_tokens=1_966_080, gkd_tokens=16_384),
+    bld=BLDConfig(steps=1_221, batch_rows=32, learning_rate=5e-4, warmup_steps=50, dtype="bfloat16"),
+    scores=dataclasses.replace(compare.scores, batch_rows=128),
+  )
+
+
+VARIANTS = {"quickstart": _quickstart, "compare": _compare, "library": _library}
 
 
 def get_config(variant: str = "quickstart") -> ml_collections.ConfigDict:

@@ -27,11 +27,11 @@ def trained(subblock: Subblock, config: ModelConfig, *, context: int = 0) -> int
   return 2 * forward + inner + 3 * attention  # attention's backward pass is twice its forward
 
 
-def decoupled_step(space: LayerSpace, config: ModelConfig, *, context: int = 0) -> int:
+def decoupled_step(space: LayerSpace, config: ModelConfig, *, context: int = 0, attention_target: str = "block") -> int:
   """FLOPs a token of one step that trains all variants of a layer against the parent's block, decoupled.
 
-  The parent's attention and FFN run once; behind each attention variant the frozen FFN runs forward and back to its
-  input.
+  The parent's attention and FFN run once; behind each attention variant that is held against the parent's whole "block"
+  the frozen FFN runs forward and back to its input (`bld.BLDConfig.attention_target`).
   """
   attention, ffn = space.parent.subblocks
   total = attention.flops_per_token(config, context=context) + ffn.flops_per_token(config)
@@ -39,6 +39,6 @@ def decoupled_step(space: LayerSpace, config: ModelConfig, *, context: int = 0) 
     if not variant.tensors(config):
       continue
     total += trained(variant, config, context=context)
-    if variant.slot == "attention":
+    if variant.slot == "attention" and attention_target == "block":
       total += 2 * ffn.flops_per_token(config)
   return total

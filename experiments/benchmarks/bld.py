@@ -4,12 +4,15 @@
     python -m experiments.benchmarks.bld --shapes=smollm2 --dtype=float32   (two CPU cores)
 
 All variants of one layer are trained in one step, decoupled, with random weights. The peer does the same in PyTorch:
-torch.compile, autocast, fused AdamW, flash attention, the parent's attention computed once. Each side runs in a process
-of its own, one after the other. Both are counted by the FLOPs that are needed (`puzzle_jax.flops`). Writes
-experiments/results/bld_SHAPES.json.
+torch.compile, autocast, fused AdamW, flash attention, the parent's attention computed once. `jax_attention` is this
+project's step with attention variants held against the parent's attention alone, which needs no frozen FFN behind each
+of them. Each side runs in a process of its own, one after the other. All are counted by the FLOPs that they need
+(`puzzle_jax.flops`). Writes experiments/results/bld_SHAPES.json.
 """
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,12 +27,13 @@ from puzzle_jax import flops
 from puzzle_jax import space as space_lib
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.space import LayerSpace
+from puzzle_jax.store import write_json
 
 _SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["llama_8b", "llama_70b", "smollm2", "tiny"], "Of the block.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the matrix products.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed in a row.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "The fastest counts.")
-_SIDES = flags.DEFINE_list("sides", ["jax", "torch"], "What to run.")
+_SIDES = flags.DEFINE_list("sides", ["jax", "jax_attention", "torch"], "What to run.")
 _SIDE = flags.DEFINE_string("side", "", "Run one side in this process and print its figures as JSON.")
 
 PAPER = {"attention": ("gqa", "linear", "none"), "ffn": (0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "none")}
@@ -58,15 +62,12 @@ def random_input(config: ModelConfig, shape: tuple[int, int]) -> np.ndarray:
 
 def random_weights(config: ModelConfig, space: LayerSpace) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
   """The parent's block by slot, and the variants by name; NumPy, fp32."""
-  rng = np.random.default_rng(0)
+  noise = np.random.default_rng(0).standard_normal(2**22, np.float32)  # repeated: billions of draws take minutes
 
   def draw(spec: Any) -> dict[str, np.ndarray]:
     shapes = {k: t.shape for k, t in spec.tensors(config).items()}
     scale = {k: s[-1] ** -0.5 for k, s in shapes.items()}
-    return {
-      k: np.ones(s, np.float32) if k == "norm" else scale[k] * rng.standard_normal(s, np.float32)
-      for k, s in shapes.items()
-    }
+    return {k: np.ones(s, np.float32) if k == "norm" else np.resize(scale[k] * noise, s) for k, s in shapes.items()}
 
   parent = {s.slot: draw(s) for s in space.parent.subblocks}
   return parent, {s.id: draw(s) for s in space.variants if s.tensors(config)}
@@ -87,7 +88,7 @@ def fastest(step: Callable[[], Any], wait: Callable[[], None]) -> float:
   return min(times)
 
 
-def run_jax() -> dict[str, Any]:
+def run_jax(attention_target: str) -> dict[str, Any]:
   """This project's step, and the rate of a large matrix product."""
   import jax
   import jax.numpy as jnp
@@ -98,10 +99,9 @@ def run_jax() -> dict[str, Any]:
   from puzzle_jax.model import decoder
 
   config, space, (rows, tokens) = layer_space(_SHAPES.value)
-  settings = bld.BLDConfig(dtype=_DTYPE.value, steps=1000)
-  parent, variants = jax.tree.map(jnp.asarray, random_weights(config, space))
+  settings = bld.BLDConfig(dtype=_DTYPE.value, steps=1000, attention_target=attention_target)
+  parent, variants = jax.tree.map(lambda w: jnp.asarray(w[None]), random_weights(config, space))  # one layer
   jobs = tuple(job for job in bld.decoupled(space) if job.name in variants)  # not no-ops: nothing is trained there
-  parent, variants = jax.tree.map(lambda w: w[None], (parent, variants))  # one layer
   trained = bld.split({job.name: {job.replaced[0]: variants[job.name]} for job in jobs})
   x = jnp.asarray(random_input(config, (rows, tokens)))[None]
   context = decoder.context_of(config, jnp.broadcast_to(jnp.arange(tokens), (rows, tokens)))
@@ -224,42 +224,68 @@ def run_torch() -> dict[str, Any]:
   }
 
 
+RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+  "jax": functools.partial(run_jax, "block"),
+  "jax_attention": functools.partial(run_jax, "attention"),
+  "torch": run_torch,
+}
+
+
+def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """Of each side to the matrix products of this project's process and to the peer, as far as they were run.
+
+  Raises:
+    SystemExit: the sides do not compute the same.
+  """
+  result: dict[str, Any] = {}
+  if "jax" in sides:
+    rate = sides["jax"]["matmul_flops_per_s"]
+    result["share_of_matmul_rate"] = {name: side["flops_per_s"] / rate for name, side in sides.items()}
+  if "torch" in sides:
+    if "jax" in sides:
+      ours, theirs = (sides[side]["first_loss"] for side in ("jax", "torch"))
+      if abs(ours - theirs) > (1e-4 if _DTYPE.value == "float32" else 1e-2) * abs(theirs):
+        sys.exit(f"error: the sides do not compute the same: first losses {ours} and {theirs}")
+    peer = sides["torch"]["tokens_per_s"]
+    result["times_the_peer"] = {name: side["tokens_per_s"] / peer for name, side in sides.items() if name != "torch"}
+  return result
+
+
 def main(argv: list[str]) -> None:
   del argv
   if _SIDE.value:
-    print(json.dumps({"jax": run_jax, "torch": run_torch}[_SIDE.value]()))
+    print(json.dumps(RUNS[_SIDE.value]()))
     return
   passed = [f"--{f.name}={f.value}" for f in (_SHAPES, _DTYPE, _STEPS, _REPEATS)]
   config, space, (rows, tokens) = layer_space(_SHAPES.value)
-  needed = flops.decoupled_step(space, config, context=tokens // 2)
-  sides = {}
+  sides: dict[str, dict[str, Any]] = {}
   for side in _SIDES.value:
+    target = "attention" if side == "jax_attention" else "block"
+    needed = flops.decoupled_step(space, config, context=tokens // 2, attention_target=target)
     command = [sys.executable, "-m", "experiments.benchmarks.bld", f"--side={side}", *passed]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
       sys.exit(f"error: {side}: {done.stderr[-2000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
     rate = rows * tokens / figures["seconds"]
-    sides[side] = figures | {"tokens_per_s": rate, "flops_per_s": rate * needed}
+    sides[side] = figures | {
+      "tokens_per_s": rate,
+      "needed_flops_per_token": needed,
+      "flops_per_s": rate * needed,
+    }
     print(side, sides[side], flush=True)
-  record: dict[str, Any] = {
-    "command": f"python -m experiments.benchmarks.bld {' '.join(passed)}",
-    "date": time.strftime("%F"),
-    "shapes": _SHAPES.value,
-    "variants": [s.id for s in space.variants],
-    "tokens_per_step": rows * tokens,
-    "needed_flops_per_token": needed,
-    **sides,
-  }
-  if "jax" in sides:
-    record["share_of_matmul_rate"] = sides["jax"]["flops_per_s"] / sides["jax"]["matmul_flops_per_s"]
-  if len(sides) == 2:
-    ours, theirs = (sides[side]["first_loss"] for side in ("jax", "torch"))
-    if abs(ours - theirs) > (1e-4 if _DTYPE.value == "float32" else 1e-2) * abs(theirs):
-      sys.exit(f"error: the sides do not compute the same: first losses {ours} and {theirs}")
-    record["times_the_peer"] = sides["jax"]["tokens_per_s"] / sides["torch"]["tokens_per_s"]
-  print({k: v for k, v in record.items() if k in ("share_of_matmul_rate", "times_the_peer")})
-  (RESULTS / f"bld_{_SHAPES.value}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+      "command": f"python -m experiments.benchmarks.bld {' '.join(passed)}",
+      "date": time.strftime("%F"),
+      "xla_flags": os.environ.get("XLA_FLAGS", ""),
+      "shapes": _SHAPES.value,
+      "variants": [s.id for s in space.variants],
+      "tokens_per_step": rows * tokens,
+      **ratios(sides),
+      **sides,
+    }
+    write_json(RESULTS / f"bld_{_SHAPES.value}.json", record)
+  print(ratios(sides))
 
 
 if __name__ == "__main__":
