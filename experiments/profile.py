@@ -5,12 +5,19 @@
     python -m experiments.run --config=configs/smollm2_135m.py:quickstart --config.costs.table=costs.json \\
       --config.space.engine=llama_cpp --config.search.engine=llama_cpp --workdir=runs/cpu
 
+    pip install vllm
+    python -m experiments.profile --engine=vllm --config=configs/smollm2_135m.py:quickstart --scenarios=chat,2048/128 \\
+      --batches=64,256 --children=4 --out=costs.json
+
 Shapes are the parent's, weights are random. With --children, so many random children are timed beside the models that
-the table comes from, and what the table predicts of them is printed beside what was measured.
+the table comes from, and what the table predicts of them is printed beside what was measured. In vLLM, which takes most
+of a minute to load a model, what was measured is kept in OUT.parts: the same command goes on.
 """
 
 import dataclasses
 import os
+import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,40 +25,62 @@ from absl import flags
 
 from puzzle_jax import space
 from puzzle_jax.arch import Architecture, BlockSpec
-from puzzle_jax.costs import Scenario, jax_timing
+from puzzle_jax.config import RunConfig
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import open_parent
+from puzzle_jax.parents import Parent, open_parent
 from puzzle_jax.progress import Progress
-from puzzle_jax.serving import engines, llamacpp_timing
+from puzzle_jax.serving import engines, llamacpp_timing, vllm_timing
 from puzzle_jax.serving.gguf_export import TYPES
-from puzzle_jax.store import write_json
+from puzzle_jax.serving.hf_export import DTYPES
+from puzzle_jax.serving.vllm_process import VLLM
+from puzzle_jax.store import Workdir, write_json
 
 from . import launch  # relative: in the wheel, `experiments` lies in `puzzle_jax` (setup.py)
 
+PAPER = {  # section 6: tokens in and out
+  "chat": (128, 128),
+  "short_prompts": (128, 1024),
+  "text_generation": (128, 2048),
+  "long_generation": (128, 4096),
+  "summarisation": (2048, 128),
+  "long_context": (2048, 2048),
+}
+_NAMES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # in the table of capabilities
 _CONFIG = launch.define_config()
 flags.adopt_module_key_flags(launch)  # --help shows --config, too
-_ENGINE = flags.DEFINE_enum("engine", None, ["llamacpp"], "What will run the child.", required=True)
+_ENGINE = flags.DEFINE_enum("engine", None, list(_NAMES), "What will run the child.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The cost table, JSON.", required=True)
-_SCENARIOS = flags.DEFINE_list("scenarios", [], "Tokens in and out, such as 128/1024; the config's if empty.")
-_DTYPE = flags.DEFINE_enum("dtype", "Q4_1", list(TYPES), "Of the weights.")
+_SCENARIOS = flags.DEFINE_list(
+  "scenarios", [], f"Tokens in and out, such as 128/1024, or of {', '.join(PAPER)}; the config's if empty."
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, [*TYPES, *DTYPES], "Of the weights; Q4_1 or bfloat16 if empty.")
 _LAYERS = flags.DEFINE_integer("layers", 0, "Of the timed models; the parent's if 0.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "How often each model is timed.")
-_THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of llama.cpp.")
+_ROUNDS = flags.DEFINE_integer("rounds", 0, "How often each timing is repeated; 10 in llama.cpp, 3 in vLLM if 0.")
 _CHILDREN = flags.DEFINE_integer("children", 0, "Random children to time beside.", lower_bound=0)
+_THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of llama.cpp.")
+_BATCHES = flags.DEFINE_list("batches", [], "Requests at once in vLLM; the config's if empty.")
+_WIDTHS = flags.DEFINE_integer("ffn_widths", 0, "FFN widths timed in vLLM, the others between them; all if 0.")
+_PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and timed in vLLM.")
+_PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
+_PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
+_TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that vLLM splits each model over.", lower_bound=1)
 
 
 def parse_scenario(text: str) -> Scenario:
-  """`128/1024`: tokens in, tokens out."""
+  """`128/1024`: tokens in, tokens out; or one of `PAPER`, which is named by its numbers too, as a config's is."""
+  if text in PAPER:
+    text = "/".join(map(str, PAPER[text]))
   try:
     first, second = map(int, text.split("/"))
   except ValueError:
-    raise PuzzleError(f"--scenarios={text} is not INPUT/OUTPUT in tokens, such as 128/1024") from None
+    raise PuzzleError(f"--scenarios={text} is neither INPUT/OUTPUT in tokens nor one of {', '.join(PAPER)}") from None
   return Scenario(text, first, second)
 
 
-def random_children(parent: Architecture, built: space.Space, number: int) -> dict[str, Architecture]:
-  """Children that llama.cpp runs; of the k-th, about k in `number` + 1 layers are not the parent's."""
-  rng, engine = np.random.default_rng(0), engines.by_name("llama_cpp")
+def random_children(parent: Architecture, built: space.Space, number: int, name: str) -> dict[str, Architecture]:
+  """Children that an engine runs; of the k-th, about k in `number` + 1 layers are not the parent's."""
+  rng, engine = np.random.default_rng(0), engines.by_name(name)
   found = {}
   for k in range(1, number + 1):
     blocks: list[BlockSpec] = []
@@ -63,28 +92,81 @@ def random_children(parent: Architecture, built: space.Space, number: int) -> di
   return found
 
 
+def _in_llamacpp(parent: Parent, built: space.Space, scenarios: list[Scenario]) -> CostTable:
+  timing = llamacpp_timing.TimingConfig(
+    dtype=_DTYPE.value or "Q4_1",
+    layers=_LAYERS.value or parent.architecture.num_layers,
+    rounds=_ROUNDS.value or 10,
+    threads=_THREADS.value,
+  )
+  if timing.dtype not in TYPES:
+    raise PuzzleError(f"--dtype={timing.dtype} is not of llama.cpp; take one of {', '.join(TYPES)}")
+  table = llamacpp_timing.measure(
+    parent,
+    built,
+    scenarios=scenarios,
+    config=timing,
+    hardware=jax_timing.hardware(),
+    progress=Progress(),
+    children=random_children(parent.architecture, built, _CHILDREN.value, "llama_cpp"),
+  )
+  for child in table.details["children"]:
+    errors = [f"{phase} {child['predicted'][phase] / child[phase] - 1:+.1%}" for phase in ("prefill_s", "decode_s")]
+    print(f"{child['scenario']}, {child['model']}: predicted against measured: {', '.join(errors)}")
+  return table
+
+
+def _in_vllm(parent: Parent, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+  timing = vllm_timing.TimingConfig(
+    dtype=_DTYPE.value or "bfloat16",
+    layers=_LAYERS.value or parent.architecture.num_layers,
+    rounds=_ROUNDS.value or 3,
+    ffn_widths=_WIDTHS.value,
+    passes=_PASSES.value,
+  )
+  if timing.dtype not in DTYPES:
+    raise PuzzleError(f"--dtype={timing.dtype} is not of vLLM; take one of {', '.join(DTYPES)}")
+  if not all(batch.isdigit() and int(batch) for batch in _BATCHES.value):
+    raise PuzzleError(f"--batches={','.join(_BATCHES.value)} must be whole numbers above 0, separated by commas")
+  batches = sorted({int(batch) for batch in _BATCHES.value} or set(config.costs.batches))
+  parts = Workdir(f"{_OUT.value}.parts")
+  with parts.lock():
+    table = vllm_timing.measure(
+      parent,
+      built,
+      plan=vllm_timing.Plan(tuple(scenarios), tuple(batches), timing),
+      engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value),
+      folder=parts.root,
+      progress=Progress(),
+      children=random_children(parent.architecture, built, _CHILDREN.value, "vllm") if _CHILDREN.value else None,
+    )
+  for point in table.details["unreachable"]:
+    print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
+  for scenario, by_batch in table.details["limits"].items():
+    for batch, found in by_batch.items():
+      if "host" in found["limit"].values():
+        phases = " and ".join(phase.removesuffix("_s") for phase, limit in found["limit"].items() if limit == "host")
+        print(f"{scenario}, batch {batch}: {phases}: the engine's host work is the limit, not the GPU")
+  for child in table.details["children"]:
+    limit = "" if child["limit"] == "gpu" else " (the host is the limit)"
+    speed = f"{child['throughput']:,.0f} tokens/s measured, predicted {child['error']:+.1%}{limit}"
+    print(f"{child['scenario']}, batch {child['batch']}, {child['model']}: {speed}")
+  if errors := [abs(child["error"]) for child in table.details["children"] if child["limit"] == "gpu"]:
+    print(f"throughput where the GPU is the limit: mean error {statistics.fmean(errors):.1%}, worst {max(errors):.1%}")
+  return table
+
+
 def main(argv: list[str]) -> None:
   del argv
   config = launch.run_config(_CONFIG)
   parent = open_parent(config.parent)
-  architecture = parent.architecture
-  built = space.build(architecture, **dataclasses.asdict(config.space) | {"engine": "llama_cpp"})
-  timing = llamacpp_timing.TimingConfig(
-    dtype=_DTYPE.value, layers=_LAYERS.value or architecture.num_layers, rounds=_ROUNDS.value, threads=_THREADS.value
-  )
-  table = llamacpp_timing.measure(
-    parent,
-    built,
-    scenarios=[parse_scenario(s) for s in _SCENARIOS.value] or [config.costs.scenario],
-    config=timing,
-    hardware=jax_timing.hardware(),
-    progress=Progress(),
-    children=random_children(architecture, built, _CHILDREN.value),
-  )
+  built = space.build(parent.architecture, **dataclasses.asdict(config.space) | {"engine": _NAMES[_ENGINE.value]})
+  scenarios = list({s.name: s for s in map(parse_scenario, _SCENARIOS.value)}.values()) or [config.costs.scenario]
+  if _ENGINE.value == "vllm":
+    table = _in_vllm(parent, built, scenarios, config)
+  else:
+    table = _in_llamacpp(parent, built, scenarios)
   write_json(Path(_OUT.value), table.to_json())
-  for child in table.details["children"]:
-    errors = [f"{phase} {child['predicted'][phase] / child[phase] - 1:+.1%}" for phase in ("prefill_s", "decode_s")]
-    print(f"{child['scenario']}, {child['model']}: predicted against measured: {', '.join(errors)}")
 
 
 if __name__ == "__main__":

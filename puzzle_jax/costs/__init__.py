@@ -39,7 +39,7 @@ class CostTable:
   """Measured seconds.
 
   Attributes:
-    backend: what measured them: `jax` or `llamacpp`.
+    backend: what measured them: `jax`, `llamacpp` or `vllm`.
     hardware: the machine.
     versions: of the software.
     bytes_per_value: of weights as deployed, on average.
@@ -48,6 +48,7 @@ class CostTable:
     fixed: by scenario and batch.
     details: how it was measured: raw times, spreads, residuals.
     kv_bytes_per_value: of the KV cache; 0: as of the weights.
+    tensor_parallel: GPUs that each model was split over.
   """
 
   backend: str
@@ -59,6 +60,7 @@ class CostTable:
   fixed: dict[str, dict[str, Seconds]]
   details: dict[str, Any]
   kv_bytes_per_value: int = 0
+  tensor_parallel: int = 1
 
   def weight_bytes(self, params: int) -> int:
     """Of so many parameters, as deployed."""

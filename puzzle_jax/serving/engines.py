@@ -195,6 +195,35 @@ def check_export(name: str, architecture: Architecture, *, format: str, dtype: s
     )
 
 
+def check_ranks(name: str, architecture: Architecture, ranks: int, *, what: str = "the child") -> None:
+  """Refuses a model that cannot be split over so many GPUs (tensor parallelism).
+
+  Engines split query heads, KV heads and FFN channels evenly. Where a layer has fewer KV heads than there are GPUs,
+  each GPU keeps a copy of one: the heads must divide the GPUs, and the KV cache does not shrink below one head a GPU
+  (`kv_copies`).
+
+  Raises:
+    PuzzleError: with the layers and a remedy.
+  """
+  heads = architecture.config.num_heads
+  if heads % ranks:
+    raise PuzzleError(f"{what}: {heads} query heads are not to be split over {ranks} GPUs; take a divisor of {heads}")
+  for i, block in enumerate(architecture.blocks):
+    kv, width = _kv_heads(block.name), block.ffn.width if isinstance(block.ffn, SwiGLU) else 0
+    if kv and kv % ranks and ranks % kv:
+      raise PuzzleError(
+        f"{what}: {by_name(name).title}: layer {i}: {kv} KV heads are neither to be split over {ranks} GPUs nor to be "
+        "copied evenly; take numbers of heads that divide it or are multiples of it"
+      )
+    if width % ranks:
+      raise PuzzleError(f"{what}: layer {i}: an FFN of {width} is not to be split over {ranks} GPUs; take a multiple")
+
+
+def kv_copies(kv_heads: int, ranks: int) -> int:
+  """How often each KV head is kept where there are more GPUs than heads."""
+  return max(1, ranks // kv_heads) if kv_heads else 1
+
+
 def restrict(table: "Table", engine: Engine) -> list["Table"]:
   """The table less what the engine does not run.
 

@@ -89,9 +89,14 @@ def export_hf(
       weights.write_json(aside / "hf_quant_config.json", fp8.legacy_config(dtype))
     checkpoint.write_tokenizer(aside, child)
     weights.write_json(aside / "generation_config.json", _generation_config(child, tokenizer))
-    for file in _MODELLING_FILES.glob("*.py"):
-      shutil.copyfile(file, aside / file.name)
+    write_modelling_files(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_modelling_files(folder: Path) -> None:
+  """What `auto_map` of config.json names."""
+  for file in _MODELLING_FILES.glob("*.py"):
+    shutil.copyfile(file, folder / file.name)
 
 
 def exported_architecture(architecture: Architecture, *, dtype: str, engine: str) -> Architecture:

@@ -1,11 +1,9 @@
 """Costs in llama.cpp on the machine at hand, by difference between whole models of random weights (imports no JAX).
 
-Timed are models as deep as asked for whose layers, but for the first and the last, are one variant beside the parent's
-other subblock (llama.cpp wants attention in the first layer and an FFN in the last), one whose inner layers are empty,
-and one of half the depth. All are timed in turn, several rounds; a round of a model is the prefill of the scenario's
-input, a few decode steps right behind it, and a few at the scenario's end. A step's time is affine in the context: the
-mean of both is the mean step. Children given beside the space are timed in the same rounds, with every step of the
-output, and left out of the fit: what the table predicts of them can be held against them. Batch 1.
+The models are those of `by_difference`. All are timed in turn, several rounds; a round of a model is the prefill of the
+scenario's input, a few decode steps right behind it, and a few at the scenario's end. A step's time is affine in the
+context: the mean of both is the mean step. Children given beside the space are timed in the same rounds, with every
+step of the output, and left out of the fit: what the table predicts of them can be held against them. Batch 1.
 """
 
 import dataclasses
@@ -20,19 +18,26 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax import checkpoint
-from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
+from puzzle_jax.arch import Architecture, Subblock
 from puzzle_jax.costs import CostTable, Scenario
-from puzzle_jax.costs.differences import fit, quiet_mean
+from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
-from puzzle_jax.serving import engines
+from puzzle_jax.serving.by_difference import (
+  PHASES,
+  Differences,
+  cost_tables,
+  differences,
+  subblocks_of,
+  timed_models,
+)
 from puzzle_jax.serving.gguf_export import export_gguf
 from puzzle_jax.space import Space
 from puzzle_jax.store import temporary_folder
 
 TESTED = "0.3.36"  # llama-cpp-python
-_PHASES = ("prefill", "first", "last")
+_TIMED = ("prefill", "first", "last")
 _KV_BYTES = 2  # of a value in llama.cpp's cache: 16-bit floats
 
 
@@ -84,8 +89,8 @@ def measure(
     PuzzleError: llama-cpp-python is missing, or a block that llama.cpp does not run.
   """
   version = _version()
-  models = _models(parent.architecture, space, config.layers)
-  subblocks = {s for layer in space.layers for s in (*layer.attention, *layer.ffn)}
+  subblocks = subblocks_of(space)
+  models = timed_models(parent.architecture, subblocks, layers=config.layers, engine="llama_cpp")
   whole = models | dict(children or {})
   seconds: dict[str, dict[str, list[dict[str, float]]]] = {s.name: {name: [] for name in whole} for s in scenarios}
   with temporary_folder() as scratch, progress.bar("files", total=len(whole), unit="model") as bar:
@@ -104,20 +109,17 @@ def measure(
             if i:  # the first round warms up
               seconds[scenario.name][name].append(found)
             bar.update()
-  costs: dict[str, dict[str, dict[str, dict[str, float]]]] = {s.id: {} for s in subblocks}
-  fixed: dict[str, dict[str, dict[str, float]]] = {}
+  parts: dict[str, dict[str, Differences]] = {}
   points: list[dict[str, Any]] = []
   for scenario in scenarios:
     rounds = seconds[scenario.name]
-    fits = {}
-    for phase in ("prefill_s", "decode_s"):
-      totals = [_total(rounds[name], phase, scenario) for name in models]
-      fits[phase] = fit([a.blocks for a in models.values()], totals)
-    for s in subblocks:
-      costs[s.id][scenario.name] = {"1": {phase: f.of(s) for phase, f in fits.items()}}
-    fixed[scenario.name] = {"1": {phase: f.fixed for phase, f in fits.items()}}
-    for i, name in enumerate(models):
-      points.append(_point(name, rounds[name], scenario) | {"residual": fits["decode_s"].residuals[i]})
+    totals = {name: {phase: _total(rounds[name], phase, scenario) for phase in PHASES} for name in models}
+    split = differences(models, totals, subblocks)
+    parts[scenario.name] = {"1": split}
+    points += [
+      _point(name, rounds[name], scenario) | {"residual": split.residuals[name]["decode_s"]} for name in models
+    ]
+  costs, fixed = cost_tables(parts)
   details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": points}
   base = next(iter(models))
   table = CostTable(
@@ -138,23 +140,6 @@ def measure(
     for name, child in (children or {}).items()
   ]
   return table
-
-
-def _models(parent: Architecture, space: Space, layers: int) -> dict[str, Architecture]:
-  """What is timed, the parent's own block first."""
-  base = max(set(parent.blocks), key=lambda b: (parent.blocks.count(b), b.name))
-  engine = engines.by_name("llama_cpp")
-  found = {
-    f"{base.name} x {depth}": dataclasses.replace(parent, blocks=(base,) * depth) for depth in (layers, layers // 2)
-  }
-  subblocks = sorted({s for layer in space.layers for s in (*layer.attention, *layer.ffn)}, key=lambda s: s.id)
-  specs = [dataclasses.replace(base, **{s.slot: s}) for s in subblocks if not isinstance(s, NoFFN)]
-  for spec in (BlockSpec(NoAttention(), NoFFN()), *(spec for spec in specs if spec != base)):
-    blocks = (base, *[spec] * (layers - 2), base)
-    if refused := engines.rejections(engine, [b.name for b in blocks]):
-      raise PuzzleError(f"{'; '.join(refused)}; take a space that it runs: --config.space.engine=llama_cpp")
-    found[f"{spec.name} x {layers - 2}"] = dataclasses.replace(parent, blocks=blocks)
-  return found
 
 
 def _version() -> str:
@@ -226,8 +211,8 @@ def _total(rounds: Sequence[Mapping[str, float]], phase: str, scenario: Scenario
 
 def _point(name: str, rounds: Sequence[Mapping[str, float]], scenario: Scenario) -> dict[str, Any]:
   found: dict[str, Any] = {"scenario": scenario.name, "model": name}
-  found |= {phase: _total(rounds, phase, scenario) for phase in ("prefill_s", "decode_s")}
-  for phase in _PHASES:
+  found |= {phase: _total(rounds, phase, scenario) for phase in PHASES}
+  for phase in _TIMED:
     seconds = [r[phase] for r in rounds]
     found[phase] = {"seconds": quiet_mean(seconds), "spread": statistics.pstdev(seconds) / quiet_mean(seconds)}
   return found

@@ -1,0 +1,181 @@
+"""vLLM in processes of its own: one a model, what it measured kept as it comes (imports neither JAX nor vLLM)."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.store import digest, write_json
+
+TESTED = "0.25.1"
+_WORKER = Path(__file__).with_name("vllm_worker.py")
+_NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "is less than desired GPU memory")
+_POLL_S = 0.2
+
+Point = dict[str, Any]  # see `vllm_worker`
+
+
+@dataclasses.dataclass(frozen=True)
+class VLLM:
+  """How vLLM is run.
+
+  Attributes:
+    python: the interpreter of the environment that has it.
+    path: a folder of Python packages that it lies in, if not that environment's own.
+    memory: share of the GPU's memory that it takes.
+    tensor_parallel: GPUs that each model is split over.
+  """
+
+  python: str = sys.executable
+  path: str = ""
+  memory: float = 0.9
+  tensor_parallel: int = 1
+
+  def settings(self, model: Path, *, max_length: int, batches: Sequence[int], dummy: bool) -> dict[str, Any]:
+    """vLLM's own, for requests of up to `max_length` tokens in batches; `dummy`: random weights.
+
+    CUDA graphs are captured for these batches and powers of two, instead of vLLM's fifty sizes, to start faster.
+    """
+    sizes = {2**i for i in range(max(512, *batches).bit_length())} | set(batches)
+    return {
+      "model": os.fspath(model.resolve()),
+      "load_format": "dummy" if dummy else "auto",
+      "skip_tokenizer_init": True,
+      "trust_remote_code": True,
+      "tensor_parallel_size": self.tensor_parallel,
+      "gpu_memory_utilization": self.memory,
+      "max_model_len": max_length,
+      "max_num_seqs": max(batches),
+      "compilation_config": {"cudagraph_capture_sizes": sorted(sizes)},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Of a model: the engine as it described itself ({} where it did not start), and each point's line."""
+
+  engine: dict[str, Any]
+  points: tuple[dict[str, Any], ...]
+
+  def seconds(self, point: Point) -> list[float] | None:
+    """By round; None where the point could not be reached."""
+    return self._line(point).get("seconds")
+
+  def tokens(self, point: Point) -> list[list[int]]:
+    """Of a `continue` point; raises PuzzleError where that failed."""
+    line = self._line(point)
+    if "tokens" not in line:
+      raise PuzzleError(f"vLLM did not generate: {line['unreachable']}")
+    return line["tokens"]
+
+  def unreachable(self) -> list[dict[str, Any]]:
+    return [line for line in self.points if "unreachable" in line]
+
+  def _line(self, point: Point) -> dict[str, Any]:
+    return next(line for line in self.points if line["point"] == point)
+
+
+def measure(
+  engine: VLLM,
+  settings: dict[str, Any],
+  points: Sequence[Point],
+  *,
+  vocab_size: int,
+  folder: Path,
+  tick: Callable[[int], Any],
+) -> Measured:
+  """Measures points of a model; what an earlier call has measured for the same settings is not measured again.
+
+  Args:
+    engine: where vLLM is.
+    settings: of `VLLM.settings`.
+    points: what to measure.
+    vocab_size: random prompts are drawn from.
+    folder: the model's own, for results and the engine's log.
+    tick: called with the number of points that have come.
+
+  Raises:
+    PuzzleError: vLLM is missing or too old, or does not run the model. Where it says that memory is short, its points
+      are recorded as not reachable instead.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  key = digest({k: v for k, v in settings.items() if k != "model"} | {"tested": TESTED})[:12]
+  results, log, job = folder / f"{key}.jsonl", folder / "vllm.log", folder / "job.json"
+  described = {"settings": settings, "results": str(results), "vocab_size": vocab_size, "oldest": TESTED}
+  write_json(job, described | {"points": list(points), "parent": os.getpid()})
+  seen = 0
+
+  def look() -> int:
+    nonlocal seen
+    came = len(_lines(results, points)) - seen
+    if came:
+      tick(came)
+    seen += came
+    return came
+
+  look()
+  while seen < len(points):
+    before = seen
+    code = _run([engine.python, "-P", str(_WORKER), str(job)], log, _environment(engine), look)
+    if seen == before:  # it did not get to any point: another try would not either
+      said = log.read_text(errors="replace").splitlines()
+      if not any(sign in line for line in said for sign in _NO_MEMORY):
+        raise PuzzleError(_explained(said, code, log))
+      done = [line["point"] for line in _lines(results, points)]
+      with results.open("a") as lost:
+        for point in [p for p in points if p not in done]:
+          print(json.dumps({"point": point, "unreachable": "out of memory at the start"}), file=lost)
+      look()
+  return Measured(_engine(results), tuple(_lines(results, points)))
+
+
+def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[[], Any]) -> int:
+  """Waits for a worker, looking at what it has written; returns its exit code."""
+  with log.open("w") as out:
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+      while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(_POLL_S)
+        look()
+      return process.returncode
+    finally:
+      if process.poll() is None:
+        process.terminate()
+        process.wait()
+
+
+def _environment(engine: VLLM) -> dict[str, str]:
+  """FlashInfer would compile its sampler for minutes at every start."""
+  env = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+  if engine.path:
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [engine.path, env.get("PYTHONPATH", "")]))
+  return env
+
+
+def _read(results: Path) -> Iterable[dict[str, Any]]:
+  """Whole lines: a worker may be writing another, or may have been killed while it did."""
+  text = results.read_text() if results.is_file() else ""
+  return map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+
+
+def _lines(results: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
+  return [line for line in _read(results) if line.get("point") in points]
+
+
+def _engine(results: Path) -> dict[str, Any]:
+  return next((line["engine"] for line in _read(results) if "engine" in line), {})
+
+
+def _explained(said: Sequence[str], code: int, log: Path) -> str:
+  for line in reversed(said):
+    if line.startswith("error: "):
+      return line.removeprefix("error: ")
+  last = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "nothing")
+  return f"vLLM ended with code {code} before it measured anything; its log, {log}, says: {last.strip()}"

@@ -1,0 +1,351 @@
+"""Costs in vLLM on the GPU at hand, by difference between whole models of random weights (imports no JAX).
+
+Each model of `by_difference` is loaded once (`vllm_process`) and measured at every batch: the prefill of each
+scenario's input, and decode steps at a few contexts that serve all scenarios. A scenario's seconds are those of the
+prefill and of the steps, interpolated between contexts: where prompts are read in parts, early requests decode beside
+late ones' prompts, and as many steps at the end are of smaller batches. Children given beside the space, the parent
+first, are timed in whole scenarios instead, and left out of the fit: what the table predicts of them is held against
+them.
+
+Nothing is measured twice: what came is kept in a folder, model by model and point by point, and the same call goes on.
+With `passes` above one, all models are loaded and measured again, as many times, so that a machine that drifts is seen.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puzzle_jax import store, weights
+from puzzle_jax.arch import Architecture, Subblock
+from puzzle_jax.costs import CostTable, Scenario, Seconds
+from puzzle_jax.costs.differences import quiet_mean
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.parents import Parent
+from puzzle_jax.progress import Progress
+from puzzle_jax.serving import by_difference, engines, fp8, hf_export, vllm_process
+from puzzle_jax.serving.by_difference import PHASES, Differences
+from puzzle_jax.serving.vllm_process import VLLM, Measured, Point
+from puzzle_jax.space import Space
+
+_KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
+HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingConfig:
+  """How costs are timed.
+
+  Attributes:
+    dtype: of the weights, one of `hf_export.DTYPES`.
+    layers: of the models that subblocks are timed in.
+    rounds: of each point; the mean of the faster half counts.
+    decode_steps: in one timing; behind as many that are not timed, in which late requests catch up.
+    ffn_widths: how many of the space's FFN widths are timed, the others being interpolated; 0: all.
+    passes: over all models.
+  """
+
+  dtype: str = "bfloat16"
+  layers: int = 30
+  rounds: int = 3
+  decode_steps: int = 32
+  ffn_widths: int = 0
+  passes: int = 1
+
+  def __post_init__(self) -> None:
+    if self.layers < 6 or self.rounds < 1 or self.decode_steps < 1 or self.passes < 1 or self.ffn_widths < 0:
+      raise PuzzleError(f"layers >= 6, rounds, decode_steps and passes >= 1 are needed; got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which points are measured.
+
+  Attributes:
+    scenarios, batches: asked for.
+    config: how.
+  """
+
+  scenarios: tuple[Scenario, ...]
+  batches: tuple[int, ...]
+  config: TimingConfig
+
+  def prefill(self, batch: int, tokens: int) -> Point:
+    return {"kind": "prefill", "batch": batch, "tokens": tokens, "rounds": self.config.rounds}
+
+  def decode(self, batch: int, context: int) -> Point:
+    timing = {"steps": self.config.decode_steps, "rounds": self.config.rounds}
+    return {"kind": "decode", "batch": batch, "tokens": context} | timing
+
+  def whole(self, batch: int, scenario: Scenario) -> Point:
+    """Twice: it takes long, and needs no other rounds."""
+    tokens = {"tokens": scenario.input_tokens, "output": scenario.output_tokens}
+    return {"kind": "scenario", "batch": batch, "rounds": 2} | tokens
+
+  @property
+  def lead(self) -> float:
+    """Tokens from a prompt's end to the middle of the steps that are timed."""
+    return 1.5 * self.config.decode_steps + 0.5
+
+  @property
+  def contexts(self) -> list[int]:
+    """Prompts of the decode timings: steps are timed where scenarios begin and end, less what is close to another."""
+    ends = sorted({n for s in self.scenarios for n in (s.input_tokens, s.tokens)})
+    kept = [ends[0], ends[-1]]
+    for end in ends[1:-1]:
+      if all(max(end, other) > 1.25 * min(end, other) for other in kept):
+        kept.append(end)
+    if len(kept) == 2:
+      kept.append(sum(ends[:: len(ends) - 1]) // 2)
+    return sorted({max(1, round(at - self.lead)) for at in kept})
+
+  @property
+  def parts(self) -> list[Point]:
+    """Of a model that subblocks are timed in; contexts ascend, as the worker wants them."""
+    points = []
+    for batch in self.batches:
+      points += [self.prefill(batch, tokens) for tokens in sorted({s.input_tokens for s in self.scenarios})]
+      points += [self.decode(batch, context) for context in self.contexts]
+    return points
+
+  @property
+  def wholes(self) -> list[Point]:
+    """Of a child."""
+    points = []
+    for batch in self.batches:
+      points += [self.prefill(batch, tokens) for tokens in sorted({s.input_tokens for s in self.scenarios})]
+      points += [self.whole(batch, scenario) for scenario in self.scenarios]
+    return points
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest request."""
+    return max(*(s.tokens for s in self.scenarios), self.contexts[-1] + 2 * self.config.decode_steps + 1)
+
+
+def measure(
+  parent: Parent,
+  space: Space,
+  *,
+  plan: Plan,
+  engine: VLLM,
+  folder: Path,
+  progress: Progress,
+  children: Mapping[str, Architecture] | None = None,
+) -> CostTable:
+  """Times every subblock of a space.
+
+  Args:
+    parent: its shapes; weights are random.
+    space: must hold only what vLLM runs (`space.build(engine="vllm")`).
+    plan: scenarios, batches, and how they are timed.
+    engine: where vLLM is.
+    folder: what was measured is kept there, and taken up again.
+    progress: shows it.
+    children: whole models to time beside the parent's; predicted and measured seconds go to `details`.
+
+  Raises:
+    PuzzleError: vLLM is missing or fails, a block that it does not run, parts that were measured elsewhere, or nothing
+      that could be reached.
+  """
+  subblocks, architecture = by_difference.subblocks_of(space), parent.architecture
+  timed = by_difference.spread_widths(subblocks, architecture, plan.config.ffn_widths)
+  models = by_difference.timed_models(architecture, timed, layers=plan.config.layers, engine="vllm")
+  wholes = {"parent": architecture} | dict(children or {}) if children is not None else {}
+  for name, child in wholes.items():
+    engines.check_export("vllm", child, format="hf", dtype=plan.config.dtype)
+    engines.check_ranks("vllm", child, engine.tensor_parallel, what=name)
+  points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
+  found: dict[str, list[Measured]] = {name: [] for name in points}
+  total = plan.config.passes * sum(map(len, points.values()))
+  with progress.bar("costs", total=total, unit="point") as bar:
+    for i in range(plan.config.passes):
+      for name, model in (models | wholes).items():
+        bar.set_postfix_str(name)
+        place = folder / f"pass {i + 1}" / name.replace("/", " ")
+        found[name].append(_one(model, points[name], parent, plan, engine, place, bar.update))
+  about = _same_machine(found, folder)
+  parts, unreachable = _parts(models, found, plan, subblocks)
+  if not parts:
+    raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
+  costs, fixed = by_difference.cost_tables(parts)
+  details: dict[str, Any] = {
+    "timing": dataclasses.asdict(plan.config),
+    "engine": about,
+    "points": _points(models, found, plan),
+    "unreachable": unreachable,
+    "limits": _limits(models, found, plan, parts),
+    "residuals": {s: {b: p.residuals for b, p in batches.items()} for s, batches in parts.items()},
+    "interpolation": {s: {b: p.interpolation for b, p in batches.items()} for s, batches in parts.items()},
+  }
+  table = CostTable(
+    backend="vllm",
+    hardware=about["hardware"],
+    versions={"vllm": about["version"], "python": about["python"]},
+    bytes_per_value=_bytes_per_value(architecture, plan.config.dtype),
+    scenarios=tuple(s for s in plan.scenarios if s.name in parts),
+    subblocks=costs,
+    fixed=fixed,
+    details=details,
+    kv_bytes_per_value=_KV_BYTES,
+    tensor_parallel=engine.tensor_parallel,
+  )
+  details["children"] = _children(wholes, found, plan, table, empty=found[list(models)[2]])
+  return table
+
+
+def _one(
+  model: Architecture, points: Sequence[Point], parent: Parent, plan: Plan, engine: VLLM, folder: Path, tick: Any
+) -> Measured:
+  """A model of random weights: vLLM needs its configuration only."""
+  config = dataclasses.replace(model.config, max_context=max(model.config.max_context, plan.longest))
+  longer = dataclasses.replace(model, config=config)
+  made = folder / store.digest(longer.to_json() | {"dtype": plan.config.dtype})[:12]
+  made.mkdir(parents=True, exist_ok=True)
+  exported = hf_export.exported_architecture(longer, dtype=plan.config.dtype, engine="vllm")
+  described = hf_export.hf_config(exported, tokenizer=parent.tokenizer(), dtype=plan.config.dtype)
+  if plan.config.dtype in fp8.ALGORITHMS:
+    described["quantization_config"] = fp8.quantization_config(plan.config.dtype)
+  weights.write_json(made / "config.json", described)
+  hf_export.write_modelling_files(made)
+  settings = engine.settings(made, max_length=plan.longest, batches=plan.batches, dummy=True)
+  vocab = model.config.vocab_size
+  return vllm_process.measure(engine, settings, points, vocab_size=vocab, folder=made, tick=tick)
+
+
+def _same_machine(found: Mapping[str, Sequence[Measured]], folder: Path) -> dict[str, Any]:
+  """The engine's description of itself; refuses parts of another machine or version."""
+  told = [m.engine for models in found.values() for m in models if m.engine]
+  if not told:
+    raise PuzzleError(f"vLLM loaded none of the models: memory is short; its logs are in {folder}")
+  for key in ("hardware", "version", "max_batched_tokens"):
+    if len(values := sorted({str(e[key]) for e in told})) > 1:
+      raise PuzzleError(f"{folder} holds measurements of {key} {' and '.join(values)}: name another folder")
+  return {k: v for k, v in told[0].items() if k not in ("kv_cache_tokens", "load_s")} | {
+    "load_s": statistics.fmean(e["load_s"] for e in told)
+  }
+
+
+def _mean(passes: Sequence[Measured], point: Point) -> float | None:
+  """Of the faster half of all rounds; None if it was not reached each time."""
+  rounds = [m.seconds(point) for m in passes]
+  return quiet_mean([s for r in rounds for s in r or ()]) if all(rounds) else None
+
+
+def _decode_s(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> float | None:
+  """Seconds behind the first token: a step a token, each at its context."""
+  steps = {c: _mean(passes, plan.decode(batch, c)) for c in plan.contexts}
+  known = {c + plan.lead: s for c, s in steps.items() if s is not None}
+  if not known or (len(known) < len(steps) and max(known) < scenario.tokens):
+    return None
+  within = np.arange(scenario.input_tokens + 1, scenario.tokens, dtype=float)
+  return float(np.interp(within, list(known), list(known.values())).sum())
+
+
+def _totals(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> Seconds | None:
+  prefill = _mean(passes, plan.prefill(batch, scenario.input_tokens))
+  decode = _decode_s(passes, plan, batch, scenario)
+  return None if prefill is None or decode is None else {"prefill_s": prefill, "decode_s": decode}
+
+
+def _parts(
+  models: Mapping[str, Architecture],
+  found: Mapping[str, Sequence[Measured]],
+  plan: Plan,
+  subblocks: Sequence[Subblock],
+) -> tuple[dict[str, dict[str, Differences]], list[dict[str, Any]]]:
+  """Differences by scenario and batch, and what could not be reached."""
+  parts: dict[str, dict[str, Differences]] = {}
+  unreachable = []
+  for scenario in plan.scenarios:
+    for batch in plan.batches:
+      seconds = {name: _totals(found[name], plan, batch, scenario) for name in models}
+      if missing := [name for name, s in seconds.items() if s is None]:
+        why = next(line["unreachable"] for m in found[missing[0]] for line in m.unreachable())
+        unreachable.append({"scenario": scenario.name, "batch": batch, "models": missing, "why": why})
+        continue
+      reached = {name: s for name, s in seconds.items() if s is not None}
+      parts.setdefault(scenario.name, {})[str(batch)] = by_difference.differences(models, reached, subblocks)
+  return parts, unreachable
+
+
+def _limits(
+  models: Mapping[str, Architecture],
+  found: Mapping[str, Sequence[Measured]],
+  plan: Plan,
+  parts: Mapping[str, Mapping[str, Differences]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """How much of the first model's seconds an all but empty one takes, and so who is the limit: the GPU or the host."""
+  base, _, empty, *_ = models
+  limits: dict[str, dict[str, dict[str, Any]]] = {}
+  for scenario in plan.scenarios:
+    for batch in map(int, parts.get(scenario.name, ())):
+      whole, least = (_totals(found[name], plan, batch, scenario) for name in (base, empty))
+      assert whole is not None
+      assert least is not None
+      share = {phase: least[phase] / whole[phase] for phase in PHASES}
+      limit = {phase: "host" if share[phase] > HOST_SHARE else "gpu" for phase in PHASES}
+      limits.setdefault(scenario.name, {})[str(batch)] = {"empty_to_base": share, "limit": limit}
+  return limits
+
+
+def _points(
+  models: Mapping[str, Architecture], found: Mapping[str, Sequence[Measured]], plan: Plan
+) -> list[dict[str, Any]]:
+  """Each timing with its spread; of steps, how far a line from the first context to the last is from it."""
+  points = []
+  for name in models:
+    for point in plan.parts:
+      rounds = [s for m in found[name] for s in m.seconds(point) or ()]
+      if not rounds:
+        continue
+      seconds = quiet_mean(rounds)
+      line = {"model": name} | {k: point[k] for k in ("kind", "batch", "tokens")}
+      line |= {"seconds": seconds, "spread": statistics.pstdev(rounds) / seconds}
+      if point["kind"] == "decode" and point["tokens"] in plan.contexts[1:-1]:
+        ends = (plan.contexts[0], plan.contexts[-1])
+        first, last = (_mean(found[name], plan.decode(point["batch"], c)) for c in ends)
+        if first is not None and last is not None:
+          line["affine_residual"] = float(np.interp(point["tokens"], ends, [first, last])) / seconds - 1
+      points.append(line)
+  return points
+
+
+def _children(
+  wholes: Mapping[str, Architecture],
+  found: Mapping[str, Sequence[Measured]],
+  plan: Plan,
+  table: CostTable,
+  *,
+  empty: Sequence[Measured],
+) -> list[dict[str, Any]]:
+  """Whole scenarios of whole models, measured and predicted; where the limit is the host, `limit` says so."""
+  lines = []
+  for name, child in wholes.items():
+    for scenario in table.scenarios:
+      for batch in map(int, table.fixed[scenario.name]):
+        total = _mean(found[name], plan.whole(batch, scenario))
+        prefill = _mean(found[name], plan.prefill(batch, scenario.input_tokens))
+        if total is None or prefill is None:
+          continue
+        predicted = table.predict(child, scenario.name, str(batch))
+        waits = _totals(empty, plan, batch, scenario)
+        limit = "host" if waits and waits["decode_s"] > HOST_SHARE * (total - prefill) else "gpu"
+        lines.append(
+          {"model": name, "scenario": scenario.name, "batch": batch, "blocks": [b.name for b in child.blocks]}
+          | {"prefill_s": prefill, "decode_s": total - prefill, "predicted": predicted, "limit": limit}
+          | {"throughput": batch * scenario.tokens / total, "error": total / sum(predicted.values()) - 1}
+        )
+  return lines
+
+
+def _bytes_per_value(parent: Architecture, dtype: str) -> float:
+  """Of the parent's weights on average: embedding and head stay in 16 bits where matrices have 8."""
+  width = {"float32": 4}.get(dtype, 2)
+  if dtype not in fp8.ALGORITHMS:
+    return width
+  inner = sum(b.num_params(parent.config) for b in parent.blocks)
+  return (inner + width * (parent.num_params() - inner)) / parent.num_params()

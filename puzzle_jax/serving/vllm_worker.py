@@ -1,0 +1,143 @@
+"""One model in vLLM: a process of its own, started by `vllm_process`, perhaps in another environment than JAX's.
+
+    python -P vllm_worker.py JOB.json
+
+Needs vLLM and nothing of puzzle_jax. The model is loaded once; a job's points are measured one by one, and each is
+appended to the job's file of results as one JSON line, so that a worker that was killed goes on behind the last.
+
+What is timed is `LLM.generate`, from token ids to token ids, with the engine's own process and scheduler. Requests are
+random tokens, each another: equal prompts would share their KV cache. `prefill`: a batch of new prompts until all have
+their first token. `decode`: the same prompts twice, the engine remembering them (prefix caching), with `steps` tokens
+behind the first and with twice as many: requests start and end one after the other, in both alike, so that the
+difference is steps of the whole batch. `scenario`: a whole one. `continue`: the greedy continuation of given prompts,
+no timing.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+
+class Engine:
+  """vLLM with a model."""
+
+  def __init__(self, settings: dict[str, Any], oldest: str):
+    try:
+      import vllm  # type: ignore[import-not-found, unused-ignore]
+      from vllm.platforms import current_platform  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError as e:
+      sys.exit(
+        f"error: vLLM is not installed here ({e}): run `pip install vllm` (tested: {oldest}), or name the folder"
+      )
+    if _numbers(vllm.__version__) < _numbers(oldest):
+      sys.exit(f"error: vLLM {vllm.__version__} is too old; {oldest} is the one that was tested")
+    begin = time.perf_counter()
+    self._llm, self._params = vllm.LLM(**settings), vllm.SamplingParams
+    config, ranks = self._llm.llm_engine.vllm_config, settings.get("tensor_parallel_size", 1)
+    cache = config.cache_config
+    self.about = {
+      "version": vllm.__version__,
+      "python": sys.version.split()[0],
+      "hardware": f"{ranks} x {current_platform.get_device_name()}",
+      "kv_cache_tokens": getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size,
+      "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+      "load_s": time.perf_counter() - begin,
+    }
+
+  def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The likeliest continuation of each prompt, so many tokens."""
+    params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+class Prompts:
+  """Random ones; those of a batch and mark begin alike whatever their length, those of another mark do not."""
+
+  def __init__(self, vocab_size: int):
+    self._vocab, self._streams = vocab_size, list[list[int]]()
+
+  def __call__(self, batch: int, tokens: int, mark: int) -> list[list[int]]:
+    while len(self._streams) < batch or len(self._streams[0]) < tokens:
+      longest = max(tokens, len(self._streams[0]) if self._streams else 0)
+      draws = [random.Random(i) for i in range(max(batch, len(self._streams)))]
+      self._streams = [rng.choices(range(self._vocab), k=longest) for rng in draws]
+    high, low = divmod(mark, self._vocab)
+    return [[low, high, i % self._vocab, *s[3:tokens]][:tokens] for i, s in enumerate(self._streams[:batch])]
+
+
+def _seconds(engine: Any, prompts: list[list[int]], tokens: int) -> float:
+  begin = time.perf_counter()
+  engine.generate(prompts, tokens)
+  return time.perf_counter() - begin
+
+
+def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> dict[str, Any]:
+  """A point's seconds by round (of a step, for `decode`), or tokens; what does not fit the KV cache is said to.
+
+  Args:
+    engine: with `about` and `generate`.
+    prompts: random.
+    point: `kind` and its numbers.
+    mark: unlike any other point's by at least its rounds and one.
+  """
+  if point["kind"] == "continue":
+    return {"tokens": engine.generate(point["prompts"], point["output"])}
+  batch, length = point["batch"], point["tokens"]
+  room, need = engine.about["kv_cache_tokens"], batch * (length + point.get("output", 1) + 2 * point.get("steps", 0))
+  if need > room:
+    return {"unreachable": f"the KV cache holds {room} tokens, {need} are needed"}
+  rounds = []
+  if point["kind"] == "decode":
+    repeated = prompts(batch, length, 0)  # shorter contexts of the batch come first: their tokens are remembered
+    steps = point["steps"]
+    engine.generate(repeated, 1 + 2 * steps)
+    for _ in range(point["rounds"]):
+      first = _seconds(engine, repeated, 1 + steps)
+      rounds.append((_seconds(engine, repeated, 1 + 2 * steps) - first) / steps)
+  else:
+    tokens = point["output"] if point["kind"] == "scenario" else 1
+    for i in range(point["rounds"] + 1):
+      seconds = _seconds(engine, prompts(batch, length, mark + i), tokens if i else 1)
+      if i:  # the first warms up
+        rounds.append(seconds)
+  return {"seconds": rounds}
+
+
+def work(job: dict[str, Any], make: Any = Engine) -> None:
+  """Measures what the job's results do not hold yet."""
+  with open(job["results"], "a+") as results:
+    results.seek(0)
+    text = results.read()
+    whole = text[: text.rfind("\n") + 1]  # a worker that was killed may have left half a line
+    results.truncate(len(whole.encode()))
+    done = [json.loads(line).get("point") for line in whole.splitlines()]
+    engine, prompts = make(job["settings"], job["oldest"]), Prompts(job["vocab_size"])
+
+    def tell(line: dict[str, Any]) -> None:
+      print(json.dumps(line), file=results, flush=True)
+
+    tell({"engine": engine.about})
+    for i, point in enumerate(job["points"]):
+      if point in done:
+        continue
+      if os.getppid() != job["parent"]:
+        sys.exit("error: whoever started this worker is gone")
+      try:
+        found = measure(engine, prompts, point, 1 + 100 * (i + 1))
+      except Exception as e:  # vLLM's engine does not survive most errors: the next worker goes on behind the point
+        tell({"point": point, "unreachable": f"{type(e).__name__}: {e}"[:500]})
+        raise
+      tell({"point": point} | found)
+
+
+if __name__ == "__main__":
+  with open(sys.argv[1]) as given:
+    work(json.load(given))

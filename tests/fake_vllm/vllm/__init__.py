@@ -1,0 +1,75 @@
+"""Stands in for vLLM in tests: seconds are those of the blocks that a model's config.json has, on a clock of its own.
+
+Set FAKE_VLLM to `missing`, `old`, `small` (a GPU too small for any model), `dies:FILE` (killed in its fifth call, once)
+or `batch:N` (an error at so many requests).
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+import types
+from pathlib import Path
+
+MODE, _, ARGUMENT = os.environ.get("FAKE_VLLM", "").partition(":")
+if MODE == "missing":
+  raise ModuleNotFoundError("No module named 'vllm'")
+__version__ = "0.9.1" if MODE == "old" else "0.25.1"
+TABLE = json.loads((Path(__file__).parent / "seconds.json").read_text())
+NOW = [0.0]
+time.perf_counter = lambda: NOW[0]
+
+
+@dataclasses.dataclass
+class SamplingParams:
+  temperature: float
+  max_tokens: int
+  ignore_eos: bool
+  detokenize: bool
+
+
+class LLM:
+  def __init__(self, model: str, **settings: object):
+    if MODE == "small":
+      raise ValueError("No available memory for the cache blocks.")
+    assert settings["skip_tokenizer_init"]
+    assert Path(model, "configuration_puzzle.py").is_file()
+    config = json.loads(Path(model, "config.json").read_text())
+    self.names = []
+    for block in config["block_configs"]:
+      attention, ffn = block["attention"], block["ffn"]
+      heads = 0 if attention["no_op"] else config["num_attention_heads"] // attention["n_heads_in_group"]
+      width = (
+        0 if ffn["no_op"] else ffn.get("intermediate_size") or int(2 * ffn["ffn_mult"] * config["hidden_size"] / 3)
+      )
+      self.names += [f"gqa{heads}" if heads else "none", f"w{width}" if width else "none"]
+    self.longest, self.calls, self.remembered, self.vocab = settings["max_model_len"], 0, {}, config["vocab_size"]
+    cache = types.SimpleNamespace(kv_cache_size_tokens=TABLE["kv_cache_tokens"])
+    scheduler = types.SimpleNamespace(max_num_batched_tokens=64)
+    self.llm_engine = types.SimpleNamespace(
+      vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler)
+    )
+
+  def generate(self, prompts: list[dict], params: SamplingParams, *, use_tqdm: bool) -> list:
+    assert not use_tqdm
+    assert params.ignore_eos
+    self.calls += 1
+    if MODE == "dies" and self.calls == 5 and not Path(ARGUMENT).exists():
+      Path(ARGUMENT).touch()
+      os.kill(os.getpid(), signal.SIGKILL)
+    if MODE == "batch" and len(prompts) >= int(ARGUMENT):
+      raise RuntimeError("CUDA out of memory")
+    answers = []
+    for prompt in (p["prompt_token_ids"] for p in prompts):
+      assert len(prompt) + params.max_tokens <= self.longest
+      known = self.remembered.get(tuple(prompt[:3]), 0)
+      NOW[0] += max(len(prompt) - known, 0) * (TABLE["fixed"] + sum(TABLE["step"][n] for n in self.names))
+      self.remembered[tuple(prompt[:3])] = max(known, len(prompt))
+      answers.append([(sum(prompt) + i) % self.vocab for i in range(params.max_tokens)])
+    for k in range(1, params.max_tokens):
+      context = len(prompts[0]["prompt_token_ids"]) + k
+      NOW[0] += TABLE["fixed"] + len(prompts) * sum(
+        TABLE["step"][n] + TABLE["per_token"].get(n, 0.0) * context for n in self.names
+      )
+    return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=answer)]) for answer in answers]

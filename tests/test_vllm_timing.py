@@ -1,0 +1,187 @@
+"""Costs in vLLM: everything up to its calls, with a stand-in whose seconds are known, in processes as the real ones."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import byte_tokenizer, random_child
+
+from puzzle_jax import space
+from puzzle_jax.arch import Architecture, BlockSpec
+from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.parents import Parent, open_parent
+from puzzle_jax.serving import engines, vllm_timing
+from puzzle_jax.serving.vllm_process import VLLM
+from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
+
+FAKE = Path(__file__).parent / "fake_vllm"
+SECONDS = json.loads((FAKE / "vllm/seconds.json").read_text())
+CHAT, LONG = Scenario("20/30", 20, 30), Scenario("8/120", 8, 120)
+ENGINE = VLLM(path=str(FAKE))
+CONFIG = TimingConfig(layers=6, rounds=2, decode_steps=4)
+PLAN = Plan((CHAT, LONG), (1, 4), CONFIG)
+
+
+@pytest.fixture
+def parent(tmp_path) -> Parent:
+  shape = {"hidden_size": 64, "head_dim": 16, "vocab_size": 264}
+  random_child(tmp_path / "parent", byte_tokenizer(), ("gqa4/w512",) * 6, **shape)
+  return open_parent(str(tmp_path / "parent"))
+
+
+def space_of(parent: Parent, ffn: tuple[str, ...] = ("w384", "w256", "w128")) -> space.Space:
+  return space.build(parent.architecture, attention=["gqa1", "none"], ffn=[*ffn, "none"], ffn_multiple=8, engine="vllm")
+
+
+def measure(parent: Parent, tmp_path: Path, quiet: Any, *, plan: Plan = PLAN, **options: Any) -> CostTable:
+  built = options.pop("built", None) or space_of(parent)
+  return vllm_timing.measure(
+    parent, built, plan=plan, engine=options.pop("engine", ENGINE), folder=tmp_path / "parts", progress=quiet, **options
+  )
+
+
+def expected(name: str, scenario: Scenario, batch: int) -> dict[str, float]:
+  contexts = range(scenario.input_tokens + 1, scenario.tokens)
+  step = SECONDS["step"][name]
+  return {
+    "prefill_s": batch * scenario.input_tokens * step,
+    "decode_s": batch * sum(step + SECONDS["per_token"].get(name, 0.0) * c for c in contexts),
+  }
+
+
+def logs(tmp_path: Path) -> list[Path]:
+  return sorted((tmp_path / "parts").rglob("*.jsonl"))
+
+
+def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
+  built = space_of(parent)
+  blocks = ("gqa4/w512", "none/w256", "gqa1/none", "gqa1/w384", "none/none", "gqa4/w128")
+  child = dataclasses.replace(parent.architecture, blocks=tuple(map(BlockSpec.parse, blocks)))
+  table = measure(parent, tmp_path, quiet, built=built, children={"child": child})
+  for scenario in (CHAT, LONG):
+    for batch in (1, 4):
+      for s in {s for layer in built.layers for s in (*layer.attention, *layer.ffn)}:
+        assert table.subblocks[s.id][scenario.name][str(batch)] == pytest.approx(expected(s.name, scenario, batch))
+      fixed = {"prefill_s": batch * scenario.input_tokens * 0.125, "decode_s": (scenario.output_tokens - 1) * 0.125}
+      assert table.fixed[scenario.name][str(batch)] == pytest.approx(fixed)
+  assert (table.backend, table.hardware, table.versions["vllm"]) == ("vllm", "1 x Fake GPU", "0.25.1")
+  assert (table.bytes_per_value, table.kv_width, table.tensor_parallel) == (2, 2, 1)
+  lines = table.details["children"]
+  assert [(x["model"], x["scenario"], x["batch"]) for x in lines[:3]] == [
+    ("parent", "20/30", 1),
+    ("parent", "20/30", 4),
+    ("parent", "8/120", 1),
+  ]
+  assert len(lines) == 8
+  assert max(abs(x["error"]) for x in lines) < 1e-9
+  assert {x["limit"] for x in lines if x["model"] == "parent"} == {"gpu"}
+  assert all(abs(p.get("affine_residual", 0)) < 1e-9 for p in table.details["points"])
+  found = table.details["interpolation"]["20/30"]["1"]["ffn.w256"]["decode_s"]
+  assert found == pytest.approx((2.0 + 6.0) / 2 / 5.0 - 1)  # between w128 and w384
+  assert CostTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_what_was_measured_is_not_measured_again(parent, tmp_path, quiet, monkeypatch):
+  plan = dataclasses.replace(PLAN, scenarios=(CHAT,), batches=(2,))
+  monkeypatch.setenv("FAKE_VLLM", f"dies:{tmp_path / 'died'}")
+  first = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
+  assert (tmp_path / "died").exists()  # and the next worker went on
+  loads = [sum("engine" in json.loads(line) for line in log.read_text().splitlines()) for log in logs(tmp_path)]
+  assert sorted(loads) == [1] * (len(loads) - 1) + [2]
+  broken = logs(tmp_path)[0]
+  lines = broken.read_text().splitlines(keepends=True)
+  broken.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed while it wrote
+  monkeypatch.setenv("FAKE_VLLM", "missing")
+  with pytest.raises(PuzzleError, match=r"vLLM is not installed here .*pip install vllm` .tested: 0.25.1"):
+    measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
+  monkeypatch.delenv("FAKE_VLLM")
+  before = {log: log.stat().st_mtime_ns for log in logs(tmp_path)}
+  assert measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ())) == first
+  assert [log for log, then in before.items() if log.stat().st_mtime_ns != then] == [broken]
+
+
+def test_other_widths_are_interpolated(parent, tmp_path, quiet):
+  plan = Plan((CHAT,), (1,), dataclasses.replace(CONFIG, ffn_widths=3))
+  table = measure(parent, tmp_path, quiet, plan=plan)
+  names = {p["model"] for p in table.details["points"]}
+  measured = {int(n.split("/w")[1].split()[0]) for n in names if "/w" in n}
+  (left_out,) = {512, 384, 256, 128} - measured
+  low, high = max(w for w in measured if w < left_out), min(w for w in measured if w > left_out)
+  share = (left_out - low) / (high - low)
+  line = (1 - share) * expected(f"w{low}", CHAT, 1)["decode_s"] + share * expected(f"w{high}", CHAT, 1)["decode_s"]
+  assert table.subblocks[f"ffn.w{left_out}"]["20/30"]["1"]["decode_s"] == pytest.approx(line)
+
+
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(parent, tmp_path, quiet, monkeypatch):
+  """A KV cache of 1000 tokens: batch 16 of 50 tokens fits, of 128 does not; first, it fails in the engine."""
+  monkeypatch.setenv("FAKE_VLLM", "batch:16")
+  plan = dataclasses.replace(PLAN, batches=(1, 4, 16))
+  table = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()), children={})
+  assert {s: sorted(b) for s, b in table.fixed.items()} == {"20/30": ["1", "4"], "8/120": ["1", "4"]}
+  assert {(x["scenario"], x["batch"]) for x in table.details["unreachable"]} == {("20/30", 16), ("8/120", 16)}
+  assert "CUDA out of memory" in table.details["unreachable"][0]["why"]
+  assert {x["batch"] for x in table.details["children"]} == {1, 4}
+  monkeypatch.delenv("FAKE_VLLM")
+  other = tmp_path / "again"
+  table = measure(parent, other, quiet, plan=plan, built=space_of(parent, ()))
+  assert sorted(table.fixed["20/30"]) == ["1", "16", "4"]  # its longest context is not needed
+  assert sorted(table.fixed["8/120"]) == ["1", "4"]
+  assert "the KV cache holds 1000 tokens" in table.details["unreachable"][0]["why"]
+
+
+@pytest.mark.parametrize(
+  "mode, message",
+  [
+    ("old", r"vLLM 0.9.1 is too old; 0.25.1 is the one that was tested"),
+    ("small", r"vLLM loaded none of the models: memory is short"),
+  ],
+)
+def test_engines_that_do_not_do(parent, tmp_path, quiet, monkeypatch, mode, message):
+  monkeypatch.setenv("FAKE_VLLM", mode)
+  with pytest.raises(PuzzleError, match=message):
+    measure(parent, tmp_path, quiet, built=space_of(parent, ()))
+
+
+def test_parts_of_another_machine(parent, tmp_path, quiet):
+  plan = Plan((CHAT,), (1,), CONFIG)
+  measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
+  log = logs(tmp_path)[0]
+  log.write_text(log.read_text().replace("Fake GPU", "Other GPU"))
+  with pytest.raises(PuzzleError, match=r"holds measurements of hardware 1 x Fake GPU and 1 x Other GPU: name another"):
+    measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
+
+
+def test_8_bit_weights_are_smaller(parent, tmp_path, quiet):
+  plan = Plan((CHAT,), (1,), dataclasses.replace(CONFIG, dtype="float8_channel"))
+  table = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
+  a = parent.architecture
+  matrices = sum(b.num_params(a.config) for b in a.blocks)
+  assert table.weight_bytes(a.num_params()) == matrices + 2 * (a.num_params() - matrices)
+  (config, *_) = (tmp_path / "parts").rglob("config.json")
+  assert json.loads(config.read_text())["quantization_config"]["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+
+
+def test_tensor_parallelism(architecture):
+  child = architecture("gqa4/w48", "gqa1/w24", "none/none")
+  engines.check_ranks("vllm", child, 2)
+  engines.check_ranks("vllm", child, 4)  # one KV head, copied to four GPUs
+  with pytest.raises(PuzzleError, match="4 query heads are not to be split over 3 GPUs"):
+    engines.check_ranks("vllm", child, 3)
+  three: Architecture = architecture("gqa3/w48", num_heads=6)
+  with pytest.raises(PuzzleError, match="layer 0: 3 KV heads are neither to be split over 2 GPUs nor to be copied"):
+    engines.check_ranks("vllm", three, 2)
+  with pytest.raises(PuzzleError, match="layer 0: an FFN of 46 is not to be split over 4 GPUs"):
+    engines.check_ranks("vllm", architecture("gqa4/w46"), 4)
+  assert [engines.kv_copies(heads, 4) for heads in (0, 1, 2, 4, 8)] == [1, 4, 2, 1, 1]
+
+
+def test_settings():
+  with pytest.raises(PuzzleError, match="layers >= 6, rounds, decode_steps and passes >= 1 are needed"):
+    TimingConfig(layers=2)
+  found = ENGINE.settings(Path("model"), max_length=100, batches=(3, 600), dummy=True)
+  assert found["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 600]
+  assert found["model"] == os.path.abspath("model")
