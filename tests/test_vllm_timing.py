@@ -176,7 +176,7 @@ def test_tensor_parallelism(architecture):
     engines.check_ranks("vllm", three, 2)
   with pytest.raises(PuzzleError, match="layer 0: an FFN of 46 is not to be split over 4 GPUs"):
     engines.check_ranks("vllm", architecture("gqa4/w46"), 4)
-  assert [engines.kv_copies(heads, 4) for heads in (0, 1, 2, 4, 8)] == [1, 4, 2, 1, 1]
+  assert [engines.kv_copies(f"{a}/w48", 4) for a in ("none", "gqa1", "gqa2", "gqa4", "gqa8")] == [1, 4, 2, 1, 1]
 
 
 def test_settings():

@@ -10,6 +10,7 @@ from typing import Any
 
 from puzzle_jax.arch import Architecture, Subblock
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
 
 FORMAT = "puzzle-costs/1"
@@ -48,7 +49,7 @@ class CostTable:
     fixed: by scenario and batch.
     details: how it was measured: raw times, spreads, residuals.
     kv_bytes_per_value: of the KV cache; 0: as of the weights.
-    tensor_parallel: GPUs that each model was split over.
+    tensor_parallel: GPUs that each model was split over; bytes are of all of them together.
   """
 
   backend: str
@@ -149,7 +150,8 @@ def block_table(
           "score_stderr": stderr,
           "params": block.num_params(config),
           "param_bytes": costs.weight_bytes(block.num_params(config)),
-          "kv_bytes_per_token": block.kv_bytes_per_token(config, bytes_per_value=costs.kv_width),
+          "kv_bytes_per_token": engines.kv_copies(block.name, costs.tensor_parallel)
+          * block.kv_bytes_per_token(config, bytes_per_value=costs.kv_width),
           "costs": seconds,
         }
       )

@@ -219,9 +219,10 @@ def check_ranks(name: str, architecture: Architecture, ranks: int, *, what: str 
       raise PuzzleError(f"{what}: layer {i}: an FFN of {width} is not to be split over {ranks} GPUs; take a multiple")
 
 
-def kv_copies(kv_heads: int, ranks: int) -> int:
-  """How often each KV head is kept where there are more GPUs than heads."""
-  return max(1, ranks // kv_heads) if kv_heads else 1
+def kv_copies(block: str, ranks: int) -> int:
+  """How often each KV head of a block is kept over so many GPUs: more than once where they are more than its heads."""
+  heads = _kv_heads(block)
+  return max(1, ranks // heads) if heads else 1
 
 
 def restrict(table: "Table", engine: Engine) -> list["Table"]:

@@ -1,0 +1,99 @@
+"""Parent and child in a serving engine: throughput, latency, memory and the largest batch, side by side.
+
+    python -m experiments.serve_compare --engine=vllm --child=runs/mine --scenarios=128/1024,2048/128 --batches=1,64 \\
+      --out=served/mine
+
+Both are exported to OUT/exports first, the parent being the run's unless --parent names another. Exports that are there
+already are taken as they are: they can be made where JAX is and carried to where the engine is. What was measured is
+kept in OUT, and the same command goes on.
+"""
+
+import dataclasses
+import datetime
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from puzzle_jax.costs import Scenario
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.parents import open_parent
+from puzzle_jax.progress import Progress
+from puzzle_jax.serving import served
+from puzzle_jax.serving.export import export, find_child
+from puzzle_jax.serving.hf_export import DTYPES
+from puzzle_jax.serving.vllm_process import VLLM
+from puzzle_jax.store import Workdir, read_json, write_json
+
+_ENGINE = flags.DEFINE_enum("engine", None, ["vllm"], "What runs both.", required=True)
+_OUT = flags.DEFINE_string("out", None, "A folder for exports, what was measured, and served.json.", required=True)
+_CHILD = flags.DEFINE_string("child", "", "A run's work directory, or a child's own; not needed once it is exported.")
+_PARENT = flags.DEFINE_string("parent", "", "The run's if empty; all that --config.parent takes.")
+_SCENARIOS = flags.DEFINE_list("scenarios", ["128/128"], "Tokens in and out, such as 128/1024.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "64"], "Requests at once.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the child's weights; the parent's are in bfloat16.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each timing; the mean of the faster half counts.", lower_bound=1)
+_EXPORT_ONLY = flags.DEFINE_bool("export_only", False, "Stop when both are exported.")
+_PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has the engine.")
+_PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds it, if not of that environment.")
+_TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that each model is split over.", lower_bound=1)
+
+
+def exports(root: Path) -> dict[str, Path]:
+  """Parent and child as the engine reads them; made where they are missing."""
+  paths = {name: root / "exports" / name for name in ("parent", "child")}
+  if all(path.is_dir() for path in paths.values()):
+    return paths
+  if not _CHILD.value:
+    raise PuzzleError(f"{root / 'exports'} holds no parent and child yet; name the child with --child")
+  workdir = find_child(_CHILD.value).workdir
+  if not (parent := _PARENT.value or (read_json(workdir / "config.json")["parent"] if workdir else "")):
+    raise PuzzleError(f"{_CHILD.value} is of no run: name its parent with --parent")
+  if not paths["child"].is_dir():
+    export(_CHILD.value, paths["child"], dtype=_DTYPE.value, engine=_ENGINE.value)
+  if not paths["parent"].is_dir():
+    served.export_parent(open_parent(parent), paths["parent"], dtype="bfloat16", engine=_ENGINE.value)
+  return paths
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+  try:
+    numbers = [int(part) for part in text.split("/")]
+  except ValueError:
+    numbers = [0]
+  if min(numbers) < 1 or len(numbers) != (2 if flag == "scenarios" else 1):
+    raise PuzzleError(f"--{flag}: {text} is not {'INPUT/OUTPUT in tokens' if flag == 'scenarios' else 'a number'}")
+  return numbers
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  logging.set_verbosity(logging.ERROR)
+  try:
+    scenarios = [Scenario(text, *_numbers(text, "scenarios")) for text in _SCENARIOS.value]
+    batches = sorted({_numbers(text, "batches")[0] for text in _BATCHES.value})
+    work = Workdir(_OUT.value)
+    with work.lock():
+      models = exports(work.root)
+      if _EXPORT_ONLY.value:
+        return
+      found = served.serve(
+        models,
+        scenarios=scenarios,
+        batches=batches,
+        rounds=_ROUNDS.value,
+        engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value),
+        folder=work.root / "measured",
+        progress=Progress(),
+      )
+  except PuzzleError as e:
+    sys.exit(f"error: {e}")
+  described = {name: dataclasses.asdict(model) for name, model in found.items()}
+  write_json(work.root / "served.json", {"date": datetime.date.today().isoformat()} | described)
+  about = found["child"].engine
+  print(f"vLLM {about['version']}, {about['hardware']}\n{served.table(found['parent'], found['child'])}")
+
+
+if __name__ == "__main__":
+  app.run(main)
