@@ -151,7 +151,7 @@ def table(parent: Served, child: Served) -> str:
   row("weights (GiB)", parent.weight_bytes, child.weight_bytes, ".2f", 2**-30)
   row("KV cache (KiB a token)", parent.kv_bytes_per_token, child.kv_bytes_per_token, ".1f", 2**-10)
   for scenario in parent.figures:
-    row(f"{scenario}: most requests at once", parent.max_batch[scenario], child.max_batch[scenario], ",d")
+    row(f"{scenario}: most requests at once", parent.max_batch[scenario], child.max_batch[scenario], ",.0f")
     for batch, a in parent.figures[scenario].items():
       if (b := child.figures[scenario].get(batch)) is None:
         continue
