@@ -28,7 +28,7 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import Parent, open_parent
+from puzzle_jax.parents import Parent, open_parent, shapes
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import engines, llamacpp_timing, vllm_timing
 from puzzle_jax.serving.gguf_export import TYPES
@@ -50,6 +50,9 @@ _NAMES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # in the table of capabiliti
 _CONFIG = launch.define_config()
 flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _ENGINE = flags.DEFINE_enum("engine", None, list(_NAMES), "What will run the child.", required=True)
+_SHAPES = flags.DEFINE_string(
+  "shapes", "", f"For vLLM, instead of the config's parent: a config.json, or one of {', '.join(shapes.KNOWN)}."
+)
 _OUT = flags.DEFINE_string("out", None, "The cost table, JSON.", required=True)
 _SCENARIOS = flags.DEFINE_list(
   "scenarios", [], f"Tokens in and out, such as 128/1024, or of {', '.join(PAPER)}; the config's if empty."
@@ -116,10 +119,10 @@ def _in_llamacpp(parent: Parent, built: space.Space, scenarios: list[Scenario]) 
   return table
 
 
-def _in_vllm(parent: Parent, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
   timing = vllm_timing.TimingConfig(
     dtype=_DTYPE.value or "bfloat16",
-    layers=_LAYERS.value or parent.architecture.num_layers,
+    layers=_LAYERS.value or parent.num_layers,
     rounds=_ROUNDS.value or 3,
     ffn_widths=_WIDTHS.value,
     passes=_PASSES.value,
@@ -138,7 +141,7 @@ def _in_vllm(parent: Parent, built: space.Space, scenarios: list[Scenario], conf
       engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value),
       folder=parts.root,
       progress=Progress(),
-      children=random_children(parent.architecture, built, _CHILDREN.value, "vllm") if _CHILDREN.value else None,
+      children=random_children(parent, built, _CHILDREN.value, "vllm") if _CHILDREN.value else None,
     )
   for point in table.details["unreachable"]:
     print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
@@ -159,13 +162,14 @@ def _in_vllm(parent: Parent, built: space.Space, scenarios: list[Scenario], conf
 def main(argv: list[str]) -> None:
   del argv
   config = launch.run_config(_CONFIG)
-  parent = open_parent(config.parent)
-  built = space.build(parent.architecture, **dataclasses.asdict(config.space) | {"engine": _NAMES[_ENGINE.value]})
+  named = dataclasses.asdict(config.space) | {"engine": _NAMES[_ENGINE.value]}
   scenarios = list({s.name: s for s in map(parse_scenario, _SCENARIOS.value)}.values()) or [config.costs.scenario]
   if _ENGINE.value == "vllm":
-    table = _in_vllm(parent, built, scenarios, config)
+    architecture = shapes.read_shapes(_SHAPES.value) if _SHAPES.value else open_parent(config.parent).architecture
+    table = _in_vllm(architecture, space.build(architecture, **named), scenarios, config)
   else:
-    table = _in_llamacpp(parent, built, scenarios)
+    parent = open_parent(config.parent)
+    table = _in_llamacpp(parent, space.build(parent.architecture, **named), scenarios)
   write_json(Path(_OUT.value), table.to_json())
 
 

@@ -131,12 +131,14 @@ class CostsConfig:
 
   Attributes:
     table: a cost table (JSON) measured elsewhere; empty: timed here in JAX.
+    hardware: what will run the child, as the table names what it was measured on; empty: this machine.
     input_tokens, output_tokens: the scenario, a closed batch of equal requests.
     batches: to time; the search takes the best.
     timing: how.
   """
 
   table: str = ""
+  hardware: str = dataclasses.field(default="", metadata={"result": False})
   input_tokens: int = 128
   output_tokens: int = 128
   batches: tuple[int, ...] = (1,)

@@ -1,11 +1,12 @@
 """What is checked before any work of a run: that its config fits the parent, the data at hand and the machine."""
 
 import os
+import sys
 from pathlib import Path
 
 import jax
 
-from puzzle_jax.costs import CostTable
+from puzzle_jax.costs import CostTable, check_target, jax_timing, other_version
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import suite, tasks
 from puzzle_jax.runs import Run
@@ -59,6 +60,9 @@ def _check_cost_table(run: Run) -> None:
   if not Path(costs.table).is_file():
     raise PuzzleError(f"costs.table={costs.table!r} is no file; leave it empty to time costs here")
   table = CostTable.from_json(read_json(Path(costs.table)))
+  check_target(table, hardware=costs.hardware or jax_timing.hardware(), engine=run.config.search.engine)
+  if warning := other_version(table):
+    print(f"warning: {warning}", file=sys.stderr)
   known = {s.name: (s.input_tokens, s.output_tokens) for s in table.scenarios}
   asked = costs.scenario
   if known.get(asked.name) != (asked.input_tokens, asked.output_tokens):

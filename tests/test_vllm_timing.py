@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import byte_tokenizer, random_child
 
 from puzzle_jax import space
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import Parent, open_parent
+from puzzle_jax.parents import open_parent, shapes
 from puzzle_jax.serving import engines, vllm_timing
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
@@ -27,17 +26,15 @@ PLAN = Plan((CHAT, LONG), (1, 4), CONFIG)
 
 
 @pytest.fixture
-def parent(tmp_path) -> Parent:
-  shape = {"hidden_size": 64, "head_dim": 16, "vocab_size": 264}
-  random_child(tmp_path / "parent", byte_tokenizer(), ("gqa4/w512",) * 6, **shape)
-  return open_parent(str(tmp_path / "parent"))
+def parent(architecture) -> Architecture:
+  return architecture(*["gqa4/w512"] * 6, hidden_size=64, head_dim=16, vocab_size=264)
 
 
-def space_of(parent: Parent, ffn: tuple[str, ...] = ("w384", "w256", "w128")) -> space.Space:
-  return space.build(parent.architecture, attention=["gqa1", "none"], ffn=[*ffn, "none"], ffn_multiple=8, engine="vllm")
+def space_of(parent: Architecture, ffn: tuple[str, ...] = ("w384", "w256", "w128")) -> space.Space:
+  return space.build(parent, attention=["gqa1", "none"], ffn=[*ffn, "none"], ffn_multiple=8, engine="vllm")
 
 
-def measure(parent: Parent, tmp_path: Path, quiet: Any, *, plan: Plan = PLAN, **options: Any) -> CostTable:
+def measure(parent: Architecture, tmp_path: Path, quiet: Any, *, plan: Plan = PLAN, **options: Any) -> CostTable:
   built = options.pop("built", None) or space_of(parent)
   return vllm_timing.measure(
     parent, built, plan=plan, engine=options.pop("engine", ENGINE), folder=tmp_path / "parts", progress=quiet, **options
@@ -60,7 +57,7 @@ def logs(tmp_path: Path) -> list[Path]:
 def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
   built = space_of(parent)
   blocks = ("gqa4/w512", "none/w256", "gqa1/none", "gqa1/w384", "none/none", "gqa4/w128")
-  child = dataclasses.replace(parent.architecture, blocks=tuple(map(BlockSpec.parse, blocks)))
+  child = dataclasses.replace(parent, blocks=tuple(map(BlockSpec.parse, blocks)))
   table = measure(parent, tmp_path, quiet, built=built, children={"child": child})
   for scenario in (CHAT, LONG):
     for batch in (1, 4):
@@ -158,7 +155,7 @@ def test_parts_of_another_machine(parent, tmp_path, quiet):
 def test_8_bit_weights_are_smaller(parent, tmp_path, quiet):
   plan = Plan((CHAT,), (1,), dataclasses.replace(CONFIG, dtype="float8_channel"))
   table = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
-  a = parent.architecture
+  a = parent
   matrices = sum(b.num_params(a.config) for b in a.blocks)
   assert table.weight_bytes(a.num_params()) == matrices + 2 * (a.num_params() - matrices)
   (config, *_) = (tmp_path / "parts").rglob("config.json")
@@ -185,3 +182,16 @@ def test_settings():
   found = ENGINE.settings(Path("model"), max_length=100, batches=(3, 600), dummy=True)
   assert found["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 600]
   assert found["model"] == os.path.abspath("model")
+
+
+def test_known_shapes(tmp_path):
+  assert shapes.read_shapes("smollm2-135m") == open_parent("smollm2-135m").architecture
+  assert round(shapes.read_shapes("llama-3.1-8b").num_params() / 1e9, 2) == 8.03
+  assert round(shapes.read_shapes("llama-3.1-70b").num_params() / 1e9, 2) == 70.55
+  with pytest.raises(PuzzleError, match=r"llama-4 is neither a config.json nor one of smollm2-135m, llama-3.1-8b"):
+    shapes.read_shapes("llama-4")
+  (tmp_path / "config.json").write_text(json.dumps(shapes.KNOWN["llama-3.1-8b"]))
+  assert shapes.read_shapes(str(tmp_path / "config.json")) == shapes.read_shapes("llama-3.1-8b")
+  (tmp_path / "config.json").write_text("[")
+  with pytest.raises(PuzzleError, match="is not JSON"):
+    shapes.read_shapes(str(tmp_path / "config.json"))

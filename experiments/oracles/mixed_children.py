@@ -39,15 +39,12 @@ CHANGED = {  # from the parent's gqa3/w1536
   "parent": {},
 }
 VLLM = {  # every kind that it runs
-  4: "gqa1/w1152",
   7: "gqa3/w768",
   9: "none/w1152",
-  12: "gqa1/w768",
-  14: "gqa3/none",
+  12: "gqa1/w1152",
   16: "none/none",
   18: "none/w1536",
-  20: "none/w384",
-  22: "gqa1/none",
+  20: "gqa3/none",
   24: "gqa1/w384",
 }
 

@@ -4,7 +4,9 @@ A `CostTable` holds seconds by subblock, scenario and batch, and a fixed part th
 the host's work). `block_table` joins it with scores to the table that the search reads.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
 
 FORMAT = "puzzle-costs/1"
+_ENGINES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # of `serving.engines`, by backend; JAX stands in for any
+_PACKAGES = {"jax": "jax", "llamacpp": "llama-cpp-python", "vllm": "vllm"}
 
 Seconds = dict[str, float]  # prefill_s and decode_s of a whole scenario for a whole batch
 
@@ -109,6 +113,40 @@ class CostTable:
         for phase, value in self.seconds(subblock, scenario, batch).items():
           total[phase] += value
     return total
+
+
+def check_target(table: CostTable, *, hardware: str, engine: str) -> None:
+  """Refuses a table that was measured elsewhere than where the child shall run.
+
+  Args:
+    table: measured.
+    hardware: of the target, as tables name it.
+    engine: of `serving.engines`, or empty: any.
+
+  Raises:
+    PuzzleError: another machine or another engine, with the remedy.
+  """
+  if table.hardware != hardware:
+    raise PuzzleError(
+      f"the cost table was measured on {table.hardware}, the target is {hardware}: measure it there, or say that the "
+      f"child will run on the former: --config.costs.hardware='{table.hardware}'"
+    )
+  measured = _ENGINES.get(table.backend)
+  if measured and engine not in ("", "portable", measured):
+    raise PuzzleError(
+      f"the cost table was measured in {measured}, the child shall run in {engine}: measure it there, or set "
+      f"--config.search.engine={measured}"
+    )
+
+
+def other_version(table: CostTable) -> str:
+  """What to warn of where the engine that a table was measured in is installed here in another version, or nothing."""
+  package = _PACKAGES.get(table.backend, "")
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+    here, then = importlib.metadata.version(package), table.versions.get(package, "an unknown version")
+    if here != then:
+      return f"the cost table was measured in {package} {then}, {here} is installed here; seconds may differ"
+  return ""
 
 
 def block_table(

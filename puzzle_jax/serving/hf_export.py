@@ -121,8 +121,11 @@ def _input_scales(
   return calibration.input_scales(model, exported, config, workdir=workdir)
 
 
-def hf_config(architecture: Architecture, *, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-  """config.json of an architecture. The rotary keys are the older ones, which old and new readers know."""
+def hf_config(architecture: Architecture, *, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
+  """config.json of an architecture; without a tokenizer, no token begins or ends a text.
+
+  The rotary keys are the older ones, which old and new readers know.
+  """
   c = architecture.config
   kv_heads = [b.attention.kv_heads for b in architecture.blocks if isinstance(b.attention, GQA)]
   widths = [b.ffn.width for b in architecture.blocks if isinstance(b.ffn, SwiGLU)]
@@ -154,8 +157,8 @@ def hf_config(architecture: Architecture, *, tokenizer: Tokenizer, dtype: str) -
     "attention_bias": c.qkv_bias,
     "mlp_bias": False,
     "tie_word_embeddings": c.tie_embeddings,
-    "bos_token_id": tokenizer.bos_id,
-    "eos_token_id": tokenizer.eos_id,
+    "bos_token_id": tokenizer.bos_id if tokenizer else None,
+    "eos_token_id": tokenizer.eos_id if tokenizer else None,
     "torch_dtype": "bfloat16" if dtype in fp8.ALGORITHMS else dtype,
   }
 

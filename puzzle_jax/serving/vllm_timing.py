@@ -24,7 +24,6 @@ from puzzle_jax.arch import Architecture, Subblock
 from puzzle_jax.costs import CostTable, Scenario, Seconds
 from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import by_difference, engines, fp8, hf_export, vllm_process
 from puzzle_jax.serving.by_difference import PHASES, Differences
@@ -127,7 +126,7 @@ class Plan:
 
 
 def measure(
-  parent: Parent,
+  parent: Architecture,
   space: Space,
   *,
   plan: Plan,
@@ -151,10 +150,10 @@ def measure(
     PuzzleError: vLLM is missing or fails, a block that it does not run, parts that were measured elsewhere, or nothing
       that could be reached.
   """
-  subblocks, architecture = by_difference.subblocks_of(space), parent.architecture
-  timed = by_difference.spread_widths(subblocks, architecture, plan.config.ffn_widths)
-  models = by_difference.timed_models(architecture, timed, layers=plan.config.layers, engine="vllm")
-  wholes = {"parent": architecture} | dict(children or {}) if children is not None else {}
+  subblocks = by_difference.subblocks_of(space)
+  timed = by_difference.spread_widths(subblocks, parent, plan.config.ffn_widths)
+  models = by_difference.timed_models(parent, timed, layers=plan.config.layers, engine="vllm")
+  wholes = {"parent": parent} | dict(children or {}) if children is not None else {}
   for name, child in wholes.items():
     engines.check_export("vllm", child, format="hf", dtype=plan.config.dtype)
     engines.check_ranks("vllm", child, engine.tensor_parallel, what=name)
@@ -166,7 +165,7 @@ def measure(
       for name, model in (models | wholes).items():
         bar.set_postfix_str(name)
         place = folder / f"pass {i + 1}" / name.replace("/", " ")
-        found[name].append(_one(model, points[name], parent, plan, engine, place, bar.update))
+        found[name].append(_one(model, points[name], plan, engine, place, bar.update))
   about = _same_machine(found, folder)
   parts, unreachable = _parts(models, found, plan, subblocks)
   if not parts:
@@ -185,7 +184,7 @@ def measure(
     backend="vllm",
     hardware=about["hardware"],
     versions={"vllm": about["version"], "python": about["python"]},
-    bytes_per_value=_bytes_per_value(architecture, plan.config.dtype),
+    bytes_per_value=_bytes_per_value(parent, plan.config.dtype),
     scenarios=tuple(s for s in plan.scenarios if s.name in parts),
     subblocks=costs,
     fixed=fixed,
@@ -197,16 +196,14 @@ def measure(
   return table
 
 
-def _one(
-  model: Architecture, points: Sequence[Point], parent: Parent, plan: Plan, engine: VLLM, folder: Path, tick: Any
-) -> Measured:
+def _one(model: Architecture, points: Sequence[Point], plan: Plan, engine: VLLM, folder: Path, tick: Any) -> Measured:
   """A model of random weights: vLLM needs its configuration only."""
   config = dataclasses.replace(model.config, max_context=max(model.config.max_context, plan.longest))
   longer = dataclasses.replace(model, config=config)
   made = folder / store.digest(longer.to_json() | {"dtype": plan.config.dtype})[:12]
   made.mkdir(parents=True, exist_ok=True)
   exported = hf_export.exported_architecture(longer, dtype=plan.config.dtype, engine="vllm")
-  described = hf_export.hf_config(exported, tokenizer=parent.tokenizer(), dtype=plan.config.dtype)
+  described = hf_export.hf_config(exported, tokenizer=None, dtype=plan.config.dtype)
   if plan.config.dtype in fp8.ALGORITHMS:
     described["quantization_config"] = fp8.quantization_config(plan.config.dtype)
   weights.write_json(made / "config.json", described)
