@@ -56,7 +56,12 @@ def _arm(name: str) -> RunConfig:
     space=SpaceConfig(ffn=(0.75, 0.5, 0.25, "linear", "none"), layers=left_alone),
     bld=bld,
     scores=ScoresConfig(granularity="subblocks", batch_rows=32),
-    costs=CostsConfig(table="experiments/results/costs_smollm2_135m.json", input_tokens=64, output_tokens=192),
+    costs=CostsConfig(
+      table="experiments/results/costs_smollm2_135m.json",
+      hardware="2 cores of AMD EPYC",
+      input_tokens=64,
+      output_tokens=192,
+    ),
     search=SearchConfig(limits=Limits(max_params_ratio=0.95)),
     coupled=CoupledConfig(bld=bld),
   )

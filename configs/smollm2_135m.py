@@ -91,6 +91,7 @@ def _compare() -> RunConfig:
     scores=ScoresConfig(batch_rows=32, precision="tensorfloat32"),
     costs=CostsConfig(
       table="experiments/results/costs_smollm2_135m.json",
+      hardware="2 cores of AMD EPYC",
       input_tokens=64,
       output_tokens=192,
       timing=TimingConfig(layers=30, rounds=10),

@@ -19,13 +19,13 @@ from puzzle_jax.costs import Scenario
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import open_parent
 from puzzle_jax.progress import Progress
-from puzzle_jax.serving import served
+from puzzle_jax.serving import served, tensorrt_llm
 from puzzle_jax.serving.export import export, find_child
 from puzzle_jax.serving.hf_export import DTYPES
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.store import Workdir, read_json, write_json
 
-_ENGINE = flags.DEFINE_enum("engine", None, ["vllm"], "What runs both.", required=True)
+_ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "tensorrt_llm"], "What runs both.", required=True)
 _OUT = flags.DEFINE_string("out", None, "A folder for exports, what was measured, and served.json.", required=True)
 _CHILD = flags.DEFINE_string("child", "", "A run's work directory, or a child's own; not needed once it is exported.")
 _PARENT = flags.DEFINE_string("parent", "", "The run's if empty; all that --config.parent takes.")
@@ -66,6 +66,25 @@ def _numbers(text: str, flag: str) -> list[int]:
   return numbers
 
 
+def _measured(
+  models: dict[str, Path], scenarios: list[Scenario], batches: list[int], folder: Path
+) -> dict[str, served.Served]:
+  ranks = _TENSOR_PARALLEL.value
+  if _ENGINE.value == "tensorrt_llm":
+    return tensorrt_llm.serve(
+      models, scenarios=scenarios, batches=batches, ranks=ranks, folder=folder, progress=Progress()
+    )
+  return served.serve(
+    models,
+    scenarios=scenarios,
+    batches=batches,
+    rounds=_ROUNDS.value,
+    engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=ranks),
+    folder=folder,
+    progress=Progress(),
+  )
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
@@ -78,21 +97,13 @@ def main(argv: list[str]) -> None:
       models = exports(work.root)
       if _EXPORT_ONLY.value:
         return
-      found = served.serve(
-        models,
-        scenarios=scenarios,
-        batches=batches,
-        rounds=_ROUNDS.value,
-        engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value),
-        folder=work.root / "measured",
-        progress=Progress(),
-      )
+      found = _measured(models, scenarios, batches, work.root / "measured")
   except PuzzleError as e:
     sys.exit(f"error: {e}")
   described = {name: dataclasses.asdict(model) for name, model in found.items()}
   write_json(work.root / "served.json", {"date": datetime.date.today().isoformat()} | described)
-  about = found["child"].engine
-  print(f"vLLM {about['version']}, {about['hardware']}\n{served.table(found['parent'], found['child'])}")
+  print(", ".join(str(v) for k, v in found["child"].engine.items() if k in ("name", "version", "hardware")))
+  print(served.table(found["parent"], found["child"]))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,38 @@ def test_the_block_table_is_the_one_that_the_search_reads(table, parent, built):
   assert read.score_stderr[1, 1] == 0.01
 
 
+def test_tables_of_another_machine_or_engine_are_refused(table):
+  costs.check_target(table, hardware="none", engine="vllm")  # JAX's seconds stand in for any engine's
+  vllm = dataclasses.replace(table, backend="vllm", hardware="1 x H100")
+  for engine in ("", "vllm", "portable"):
+    costs.check_target(vllm, hardware="1 x H100", engine=engine)
+  with pytest.raises(PuzzleError, match=r"measured on 1 x H100, the target is none: .* --config.costs.hardware='1 x"):
+    costs.check_target(vllm, hardware="none", engine="vllm")
+  with pytest.raises(PuzzleError, match=r"measured in vllm, the child shall run in sglang: .*search.engine=vllm"):
+    costs.check_target(vllm, hardware="1 x H100", engine="sglang")
+
+
+def test_another_version_is_warned_of(table, monkeypatch):
+  found = {"vllm": "0.26.0"}
+  monkeypatch.setattr(costs.importlib.metadata, "version", found.__getitem__)
+  vllm = dataclasses.replace(table, backend="vllm", versions={"vllm": "0.25.1"})
+  assert costs.other_version(vllm) == (
+    "the cost table was measured in vllm 0.25.1, 0.26.0 is installed here; seconds may differ"
+  )
+  found["vllm"] = "0.25.1"
+  assert costs.other_version(vllm) == ""
+
+
+def test_more_gpus_than_kv_heads_keep_copies(table, parent, built):
+  scores = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in built.layers]
+  one, four = (
+    costs.block_table(parent, built, scores, dataclasses.replace(table, tensor_parallel=ranks)) for ranks in (1, 4)
+  )
+  for a, b in zip(one["layers"][0]["variants"], four["layers"][0]["variants"], strict=True):
+    copies = {"gqa2": 2, "gqa1": 4, "none": 1}[a["attention"]]
+    assert b["kv_bytes_per_token"] == copies * a["kv_bytes_per_token"]
+
+
 # Timing
 
 

@@ -10,7 +10,7 @@ import pytest
 from children import byte_tokenizer, random_child
 from test_vllm_timing import ENGINE, FAKE, SECONDS
 
-from experiments.oracles import engine_fidelity, jax_tokens
+from experiments.oracles import jax_tokens, vllm_tokens
 from puzzle_jax.costs import Scenario
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.language_model import LanguageModel
@@ -65,7 +65,7 @@ def test_the_command_takes_exports_that_are_there(models, tmp_path):
   assert bad.stderr.strip() == "error: --scenarios: 20 is not INPUT/OUTPUT in tokens"
   good = said("--scenarios=20/30", "--batches=2", f"--engine_path={FAKE}")
   assert good.returncode == 0, good.stderr
-  assert "vLLM 0.25.1, 1 x Fake GPU" in good.stdout
+  assert "vLLM, 0.25.1, 1 x Fake GPU" in good.stdout
   record = json.loads((tmp_path / "out/served.json").read_text())
   assert (
     record["child"]["figures"]["20/30"]["2"]["throughput"] > record["parent"]["figures"]["20/30"]["2"]["throughput"]
@@ -98,9 +98,9 @@ def test_greedy_tokens_are_those_of_the_model(tmp_path):
 
 def test_an_engine_is_held_against_jax(models, tmp_path, monkeypatch):
   """The stand-in's i-th token behind a prompt is the prompt's sum and i, modulo the vocabulary."""
-  monkeypatch.setattr(engine_fidelity, "PROMPTS", 2)
-  monkeypatch.setattr(engine_fidelity, "PROMPT", 8)
-  monkeypatch.setattr(engine_fidelity, "TOKENS", 4)
+  monkeypatch.setattr(vllm_tokens, "PROMPTS", 2)
+  monkeypatch.setattr(vllm_tokens, "PROMPT", 8)
+  monkeypatch.setattr(vllm_tokens, "TOKENS", 4)
   rows = np.random.default_rng(0).integers(0, 264, (2, 12)).tolist()
   forced = [[sum(row[: 8 + i]) % 264 for i in range(4)] for row in rows]
   greedy = [[(sum(row[:8]) + i) % 264 for i in range(4)] for row in rows]
@@ -115,11 +115,11 @@ def test_an_engine_is_held_against_jax(models, tmp_path, monkeypatch):
   forced = [forced[0], [(forced[1][0] + 1) % 264, *forced[1][1:]]]
   greedy = [greedy[0], [*greedy[1][:2], (greedy[1][2] + 1) % 264, 0]]
   write_json(tmp_path / "out/child.json", shared | {"forced": forced, "greedy": greedy})
-  record = engine_fidelity.measure(tmp_path / "out", ENGINE)
+  record = vllm_tokens.measure(tmp_path / "out", ENGINE)
   parent, child = record["models"]["parent"], record["models"]["child"]
   assert (parent["teacher_forced_agreement"], parent["prompts_that_differ"]) == (1.0, 0)
   assert child["teacher_forced_agreement"] == 7 / 8
   assert child["gaps_at_first_differences"] == [0.25]  # at the first of the two
   assert record["missed"] == ["child: teacher_forced_agreement"]
   with pytest.raises(PuzzleError, match=r"has no parent.json; write it first, with --workdir and --text"):
-    engine_fidelity.measure(tmp_path, ENGINE)
+    vllm_tokens.measure(tmp_path, ENGINE)

@@ -28,7 +28,7 @@ from huggingface_hub import errors
 import puzzle_jax
 from experiments import tiny_parent
 from puzzle_jax import environment, pipeline, preflight, store
-from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import Run
 from puzzle_jax.store import StageStore, Workdir
@@ -80,9 +80,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
   shutil.copytree(ROOT / "configs", folder / "configs")
   names = ("attention.gqa2", "attention.gqa1", "attention.linear", "attention.none", "ffn.w64", "ffn.w32", "ffn.linear")
   seconds = {"32/32": {"1": {"prefill_s": 0.001, "decode_s": 0.01}}}
-  costs = CostTable(
-    "given", "none", {}, 4, (Scenario("32/32", 32, 32),), dict.fromkeys((*names, "ffn.none"), seconds), seconds, {}
-  )
+  scenarios, subblocks = (Scenario("32/32", 32, 32),), dict.fromkeys((*names, "ffn.none"), seconds)
+  costs = CostTable("given", jax_timing.hardware(), {}, 4, scenarios, subblocks, seconds, {})
   (folder / "costs.json").write_text(json.dumps(costs.to_json()))
   return folder
 
@@ -326,6 +325,13 @@ def too_little_text(said: Said) -> str:
 @case
 def wrong_scenario_table(said: Said) -> str:
   return said("--config.costs.table=costs.json", "--config.costs.input_tokens=64")
+
+
+@case
+def table_of_another_machine(said: Said) -> str:
+  table = json.loads(Path("costs.json").read_text()) | {"hardware": "1 x NVIDIA H100 80GB HBM3"}
+  Path("costs.json").write_text(json.dumps(table))
+  return said("--config.costs.table=costs.json")
 
 
 @case

@@ -7,7 +7,7 @@ from pathlib import Path
 from configs import tiny
 from puzzle_jax import space
 from puzzle_jax.config import RunConfig
-from puzzle_jax.costs import CostTable, Scenario
+from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.parents import open_parent
 
 
@@ -24,7 +24,7 @@ def write_costs(path: Path, parent: str) -> None:
   subblocks = {s.id: s for layer in layers for s in (*layer.attention, *layer.ffn)}
   table = CostTable(
     backend="given",
-    hardware="none",
+    hardware=jax_timing.hardware(),
     versions={},
     bytes_per_value=4,
     scenarios=(Scenario(scenario.name, scenario.input_tokens, scenario.output_tokens),),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax import checkpoint
+from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
@@ -42,8 +43,8 @@ class Served:
   Attributes:
     weight_bytes: of its files.
     kv_bytes_per_token: of the KV cache, copies for tensor parallelism included.
-    kv_cache_tokens: that the engine found room for.
-    max_batch: requests that fit the cache, by scenario.
+    kv_cache_tokens: that the engine found room for; 0 where it does not say.
+    max_batch: requests that fit the cache, by scenario; empty where the engine does not say.
     figures: by scenario and batch.
     engine: as it described itself.
   """
@@ -95,20 +96,16 @@ def serve(
   with progress.bar("serving", total=len(models) * len(points), unit="point") as bar:
     for name, path in models.items():
       bar.set_postfix_str(name)
-      config, ranks = opened[name].config, engine.tensor_parallel
       settings = engine.settings(path, max_length=longest, batches=batches, dummy=False)
       measured = vllm_process.measure(
-        engine, settings, points, vocab_size=config.vocab_size, folder=folder / name, tick=bar.update
+        engine, settings, points, vocab_size=opened[name].config.vocab_size, folder=folder / name, tick=bar.update
       )
       if not measured.engine:
         raise PuzzleError(f"{name}: it does not fit the memory of the GPU; the log is in {folder / name}")
       room = measured.engine["kv_cache_tokens"]
       found[name] = Served(
-        weight_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
-        kv_bytes_per_token=sum(
-          b.kv_bytes_per_token(config, bytes_per_value=_KV_BYTES) * engines.kv_copies(b.name, ranks)
-          for b in opened[name].blocks
-        ),
+        weight_bytes=weight_bytes(path),
+        kv_bytes_per_token=kv_bytes_per_token(opened[name], engine.tensor_parallel),
         kv_cache_tokens=room,
         max_batch={s.name: room // s.tokens for s in scenarios},
         figures={
@@ -117,6 +114,19 @@ def serve(
         engine=measured.engine,
       )
   return found
+
+
+def weight_bytes(model: Path) -> int:
+  """Of an export's files."""
+  return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def kv_bytes_per_token(architecture: Architecture, ranks: int) -> int:
+  """Of the KV cache on all GPUs together."""
+  return sum(
+    b.kv_bytes_per_token(architecture.config, bytes_per_value=_KV_BYTES) * engines.kv_copies(b.name, ranks)
+    for b in architecture.blocks
+  )
 
 
 def _prefill(scenario: Scenario, batch: int, rounds: int) -> Point:
@@ -151,7 +161,8 @@ def table(parent: Served, child: Served) -> str:
   row("weights (GiB)", parent.weight_bytes, child.weight_bytes, ".2f", 2**-30)
   row("KV cache (KiB a token)", parent.kv_bytes_per_token, child.kv_bytes_per_token, ".1f", 2**-10)
   for scenario in parent.figures:
-    row(f"{scenario}: most requests at once", parent.max_batch[scenario], child.max_batch[scenario], ",.0f")
+    if scenario in parent.max_batch:
+      row(f"{scenario}: most requests at once", parent.max_batch[scenario], child.max_batch[scenario], ",.0f")
     for batch, a in parent.figures[scenario].items():
       if (b := child.figures[scenario].get(batch)) is None:
         continue

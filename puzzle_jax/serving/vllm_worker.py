@@ -39,6 +39,7 @@ class Engine:
     config, ranks = self._llm.llm_engine.vllm_config, settings.get("tensor_parallel_size", 1)
     cache = config.cache_config
     self.about = {
+      "name": "vLLM",
       "version": vllm.__version__,
       "python": sys.version.split()[0],
       "hardware": f"{ranks} x {current_platform.get_device_name()}",
