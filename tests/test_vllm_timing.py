@@ -13,7 +13,7 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import open_parent, shapes
-from puzzle_jax.serving import engines, vllm_timing
+from puzzle_jax.serving import engines, vllm_process, vllm_timing
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
 
@@ -134,10 +134,12 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(parent, tmp_path, quiet,
   "mode, message",
   [
     ("old", r"vLLM 0.9.1 is too old; 0.25.1 is the one that was tested"),
+    ("taken", r"the GPU's memory is taken by another process; end that, and start again"),
     ("small", r"vLLM loaded none of the models: memory is short"),
   ],
 )
 def test_engines_that_do_not_do(parent, tmp_path, quiet, monkeypatch, mode, message):
+  monkeypatch.setattr(vllm_process, "_WAIT_S", 0.0)
   monkeypatch.setenv("FAKE_VLLM", mode)
   with pytest.raises(PuzzleError, match=message):
     measure(parent, tmp_path, quiet, built=space_of(parent, ()))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from puzzle_jax.store import digest, write_json
 
 TESTED = "0.25.1"
 _WORKER = Path(__file__).with_name("vllm_worker.py")
-_NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "is less than desired GPU memory")
+_NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "larger than the available KV cache")
+_TAKEN = "is less than desired GPU memory"  # the model before may not be quite gone
 _POLL_S = 0.2
+_WAIT_S, _TRIES = 10.0, 6
 
 Point = dict[str, Any]  # see `vllm_worker`
 
@@ -109,7 +112,7 @@ def measure(
   results, log, job = folder / f"{key}.jsonl", folder / "vllm.log", folder / "job.json"
   described = {"settings": settings, "results": str(results), "vocab_size": vocab_size, "oldest": TESTED}
   write_json(job, described | {"points": list(points), "parent": os.getpid()})
-  seen = 0
+  seen = tries = 0
 
   def look() -> int:
     nonlocal seen
@@ -125,6 +128,11 @@ def measure(
     code = _run([engine.python, "-P", str(_WORKER), str(job)], log, _environment(engine), look)
     if seen == before:  # it did not get to any point: another try would not either
       said = log.read_text(errors="replace").splitlines()
+      if any(_TAKEN in line for line in said):
+        if (tries := tries + 1) == _TRIES:
+          raise PuzzleError("the GPU's memory is taken by another process; end that, and start again to go on")
+        time.sleep(_WAIT_S)
+        continue
       if not any(sign in line for line in said for sign in _NO_MEMORY):
         raise PuzzleError(_explained(said, code, log))
       done = [line["point"] for line in _lines(results, points)]

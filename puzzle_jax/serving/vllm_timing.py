@@ -80,9 +80,9 @@ class Plan:
     return {"kind": "decode", "batch": batch, "tokens": context} | timing
 
   def whole(self, batch: int, scenario: Scenario) -> Point:
-    """Twice: it takes long, and needs no other rounds."""
+    """Once: it takes long, and a long generation varies little."""
     tokens = {"tokens": scenario.input_tokens, "output": scenario.output_tokens}
-    return {"kind": "scenario", "batch": batch, "rounds": 2} | tokens
+    return {"kind": "scenario", "batch": batch, "rounds": 1} | tokens
 
   @property
   def lead(self) -> float:

@@ -1,6 +1,6 @@
 """Stands in for vLLM in tests: seconds are those of the blocks that a model's config.json has, on a clock of its own.
 
-Set FAKE_VLLM to `missing`, `old`, `small` (a GPU too small for any model), `dies:FILE` (killed in its fifth call, once)
+Set FAKE_VLLM to `missing`, `old`, `small` (a GPU too small for any model), `taken`, `dies:FILE` (killed in its fifth call, once)
 or `batch:N` (an error at so many requests).
 """
 
@@ -31,6 +31,8 @@ class SamplingParams:
 
 class LLM:
   def __init__(self, model: str, **settings: object):
+    if MODE == "taken":
+      raise ValueError("Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)")
     if MODE == "small":
       raise ValueError("No available memory for the cache blocks.")
     assert settings["skip_tokenizer_init"]
@@ -48,7 +50,8 @@ class LLM:
     cache = types.SimpleNamespace(kv_cache_size_tokens=TABLE["kv_cache_tokens"])
     scheduler = types.SimpleNamespace(max_num_batched_tokens=64)
     self.llm_engine = types.SimpleNamespace(
-      vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler)
+      engine_core=types.SimpleNamespace(shutdown=lambda: None),
+      vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler),
     )
 
   def generate(self, prompts: list[dict], params: SamplingParams, *, use_tqdm: bool) -> list:
