@@ -1,7 +1,7 @@
 """Stands in for vLLM in tests: seconds are those of the blocks that a model's config.json has, on a clock of its own.
 
-Set FAKE_VLLM to `missing`, `old`, `small` (a GPU too small for any model), `taken`, `dies:FILE` (killed in its fifth call, once)
-or `batch:N` (an error at so many requests).
+Set FAKE_VLLM to `missing`, `old`, `small` (a GPU too small for any model), `taken` (memory that another process has),
+`dies:FILE` (killed in its fifth call, once) or `batch:N` (an error at so many requests).
 """
 
 import dataclasses
