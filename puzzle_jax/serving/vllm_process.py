@@ -61,10 +61,17 @@ class VLLM:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Of a model: the engine as it described itself ({} where it did not start), and each point's line."""
+  """Of a model.
+
+  Attributes:
+    engine: as it described itself; {} where it did not start.
+    points: each one's line.
+    wall_s: what loading and measuring took, all sittings together.
+  """
 
   engine: dict[str, Any]
   points: tuple[dict[str, Any], ...]
+  wall_s: float
 
   def seconds(self, point: Point) -> list[float] | None:
     """By round; None where the point could not be reached."""
@@ -140,7 +147,9 @@ def measure(
         for point in [p for p in points if p not in done]:
           print(json.dumps({"point": point, "unreachable": "out of memory at the start"}), file=lost)
       look()
-  return Measured(_engine(results), tuple(_lines(results, points)))
+  loads, lines = [line["engine"] for line in _read(results) if "engine" in line], _lines(results, points)
+  wall_s = sum(e["load_s"] for e in loads) + sum(line.get("wall_s", 0.0) for line in lines)
+  return Measured(loads[0] if loads else {}, tuple(lines), wall_s)
 
 
 def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[[], Any]) -> int:
@@ -175,10 +184,6 @@ def _read(results: Path) -> Iterable[dict[str, Any]]:
 
 def _lines(results: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
   return [line for line in _read(results) if line.get("point") in points]
-
-
-def _engine(results: Path) -> dict[str, Any]:
-  return next((line["engine"] for line in _read(results) if "engine" in line), {})
 
 
 def _explained(said: Sequence[str], code: int, log: Path) -> str:

@@ -174,6 +174,7 @@ def measure(
   details: dict[str, Any] = {
     "timing": dataclasses.asdict(plan.config),
     "engine": about,
+    "wall_s": sum(m.wall_s for passes in found.values() for m in passes),
     "points": _points(models, found, plan),
     "unreachable": unreachable,
     "limits": _limits(models, found, plan, parts),

@@ -135,12 +135,13 @@ def work(job: dict[str, Any], make: Any = Engine) -> None:
         continue
       if os.getppid() != job["parent"]:
         sys.exit("error: whoever started this worker is gone")
+      begin = time.perf_counter()
       try:
         found = measure(engine, prompts, point, 1 + 100 * (i + 1))
       except Exception as e:  # vLLM's engine does not survive most errors: the next worker goes on behind the point
         tell({"point": point, "unreachable": f"{type(e).__name__}: {e}"[:500]})
         raise
-      tell({"point": point} | found)
+      tell({"point": point, "wall_s": time.perf_counter() - begin} | found)
   engine.close()
 
 
