@@ -67,6 +67,7 @@ def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
       assert table.fixed[scenario.name][str(batch)] == pytest.approx(fixed)
   assert (table.backend, table.hardware, table.versions["vllm"]) == ("vllm", "1 x Fake GPU", "0.25.1")
   assert (table.bytes_per_value, table.kv_width, table.tensor_parallel) == (2, 2, 1)
+  assert set(table.details["kv_cache_tokens"].values()) == {1000}
   lines = table.details["children"]
   assert [(x["model"], x["scenario"], x["batch"]) for x in lines[:3]] == [
     ("parent", "20/30", 1),

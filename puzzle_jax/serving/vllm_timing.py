@@ -175,6 +175,7 @@ def measure(
     "timing": dataclasses.asdict(plan.config),
     "engine": about,
     "wall_s": sum(m.wall_s for passes in found.values() for m in passes),
+    "kv_cache_tokens": {name: passes[0].engine.get("kv_cache_tokens") for name, passes in found.items()},
     "points": _points(models, found, plan),
     "unreachable": unreachable,
     "limits": _limits(models, found, plan, parts),
