@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +112,8 @@ def measure(
     tick: called with the number of points that have come.
 
   Raises:
-    PuzzleError: vLLM is missing or too old, or does not run the model. Where it says that memory is short, its points
-      are recorded as not reachable instead.
+    PuzzleError: vLLM is missing or too old, or fails. Where it says that memory is short, the point, or all of a model
+      that does not load, are recorded as not reachable instead.
   """
   folder.mkdir(parents=True, exist_ok=True)
   key = digest({k: v for k, v in settings.items() if k != "model"} | {"tested": TESTED})[:12]
@@ -131,22 +132,23 @@ def measure(
 
   look()
   while seen < len(points):
-    before = seen
+    before, starts = seen, _starts(results)
     code = _run([engine.python, "-P", str(_WORKER), str(job)], log, _environment(engine), look)
-    if seen == before:  # it did not get to any point: another try would not either
-      said = log.read_text(errors="replace").splitlines()
-      if any(_TAKEN in line for line in said):
-        if (tries := tries + 1) == _TRIES:
-          raise PuzzleError("the GPU's memory is taken by another process; end that, and start again to go on")
-        time.sleep(_WAIT_S)
-        continue
-      if not any(sign in line for line in said for sign in _NO_MEMORY):
-        raise PuzzleError(_explained(said, code, log))
-      done = [line["point"] for line in _lines(results, points)]
-      with results.open("a") as lost:
-        for point in [p for p in points if p not in done]:
-          print(json.dumps({"point": point, "unreachable": "out of memory at the start"}), file=lost)
-      look()
+    if seen == len(points) or (code < 0 and seen > before):  # killed, and got on: the next goes on behind it
+      continue
+    said = log.read_text(errors="replace").splitlines()
+    if any(_TAKEN in line for line in said) and (tries := tries + 1) < _TRIES:
+      time.sleep(_WAIT_S)
+      continue
+    short = next((line for line in said if any(sign in line for sign in _NO_MEMORY)), "")
+    if not short:
+      raise PuzzleError(_explained(said, code, log))
+    done = [line["point"] for line in _lines(results, points)]
+    missing = [p for p in points if p not in done]
+    with results.open("a") as lost:  # the point at which memory ran short; all where the model did not even load
+      for point in missing[:1] if _starts(results) > starts else missing:
+        print(json.dumps({"point": point, "unreachable": short.strip()[:300]}), file=lost)
+    look()
   loads, lines = [line["engine"] for line in _read(results) if "engine" in line], _lines(results, points)
   wall_s = sum(e["load_s"] for e in loads) + sum(line.get("wall_s", 0.0) for line in lines)
   return Measured(loads[0] if loads else {}, tuple(lines), wall_s)
@@ -155,7 +157,8 @@ def measure(
 def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[[], Any]) -> int:
   """Waits for a worker, looking at what it has written; returns its exit code."""
   with log.open("w") as out:
-    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    # A session of its own: what interrupts this process must not look like a failure of the engine.
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
       while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,9 +166,9 @@ def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[
         look()
       return process.returncode
     finally:
-      if process.poll() is None:
-        process.terminate()
-        process.wait()
+      with contextlib.suppress(ProcessLookupError):  # vLLM's own process may outlive the worker, and hold the memory
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
 
 
 def _environment(engine: VLLM) -> dict[str, str]:
@@ -186,9 +189,16 @@ def _lines(results: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
   return [line for line in _read(results) if line.get("point") in points]
 
 
+def _starts(results: Path) -> int:
+  """How often the model has been loaded."""
+  return sum("engine" in line for line in _read(results))
+
+
 def _explained(said: Sequence[str], code: int, log: Path) -> str:
   for line in reversed(said):
     if line.startswith("error: "):
       return line.removeprefix("error: ")
+    if _TAKEN in line:
+      return "the GPU's memory is taken by another process; end that, and start again to go on"
   last = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "nothing")
-  return f"vLLM ended with code {code} before it measured anything; its log, {log}, says: {last.strip()}"
+  return f"vLLM ended with code {code}; its log, {log}, says: {last.strip()}"

@@ -154,9 +154,9 @@ def measure(
   timed = by_difference.spread_widths(subblocks, parent, plan.config.ffn_widths)
   models = by_difference.timed_models(parent, timed, layers=plan.config.layers, engine="vllm")
   wholes = {"parent": parent} | dict(children or {}) if children is not None else {}
-  for name, child in wholes.items():
-    engines.check_export("vllm", child, format="hf", dtype=plan.config.dtype)
-    engines.check_ranks("vllm", child, engine.tensor_parallel, what=name)
+  for name, model in (models | wholes).items():
+    engines.check_export("vllm", model, format="hf", dtype=plan.config.dtype)
+    engines.check_ranks("vllm", model, engine.tensor_parallel, what=name)
   points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
   found: dict[str, list[Measured]] = {name: [] for name in points}
   total = plan.config.passes * sum(map(len, points.values()))
