@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_jax import activations, memory, preemption, rolling
+from puzzle_jax import activations, distributed, memory, preemption, rolling
 from puzzle_jax.activations import Batch
 from puzzle_jax.bld import BLDConfig, Job, JobWeights
 from puzzle_jax.distil import Distillation, Distilled, first_weights
@@ -150,7 +150,9 @@ class Builder:
     jobs = distillation.trainable
     key = (jobs, len(turn.layers))  # the shapes that a step is compiled for
     if key not in self._steps:
-      plan = memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
+      plan = distributed.by_first(
+        lambda: memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
+      )
       self._run.progress.say(f"library: {plan}")
       self._steps[key] = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
     for step in self._steps[key]:

@@ -17,6 +17,7 @@ import scipy.linalg
 
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import ModelConfig
+from puzzle_jax.mesh import fetch
 from puzzle_jax.model import subblocks
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Variants, Weights, mean_square, parent_deltas, token_weights
@@ -61,7 +62,7 @@ class NormalEquations:
     self._sums = _add(self._sums, features_TE, target_TD, weight_T)
 
   def _sum(self, name: str) -> np.ndarray:
-    total, rest = jax.device_get(self._sums[name])
+    total, rest = fetch(self._sums[name])
     return np.asarray(total, np.float64) + rest
 
   @functools.cached_property

@@ -57,6 +57,11 @@ def build(config: MeshConfig) -> Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=auto, devices=jax.devices()[: config.devices])
 
 
+def one_device() -> Mesh:
+  """The mesh of this process's first device."""
+  return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
+
+
 def _layers(mesh: Mesh, count: int) -> str | None:
   """The axis of so many layers side by side, if it divides them."""
   return "layer" if count % mesh.shape["layer"] == 0 else None
@@ -92,6 +97,13 @@ def place_layers(mesh: Mesh, tree: Any) -> Any:
 def place(mesh: Mesh, whole: np.ndarray, spec: P) -> jax.Array:
   """An array that every process has, on its devices."""
   return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec), lambda index: whole[index])
+
+
+def put(mesh: Mesh, tree: Any, spec: P) -> Any:
+  """Arrays that every process has, on its own devices or off them, on those of the mesh."""
+  if mesh.is_multi_process:
+    return jax.tree.map(lambda x: place(mesh, np.asarray(x), spec), tree)
+  return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:

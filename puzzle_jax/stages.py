@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from puzzle_jax import activations, bld, coupling, data, gkd, preemption, refine, report, scoring
+from puzzle_jax import activations, bld, coupling, data, distributed, gkd, preemption, refine, report, scoring
 from puzzle_jax import costs as costs_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
@@ -189,7 +189,7 @@ def make_scores(run: Run, store: StageStore) -> None:
           bar.update()
           if preempted():
             break
-          if time.monotonic() - saved > _SAVE_EVERY_S:
+          if distributed.anyone(time.monotonic() - saved > _SAVE_EVERY_S):
             store.put_json(file, found)
             saved = time.monotonic()
         store.put_json(file, found)
