@@ -11,6 +11,7 @@ from puzzle_jax.activations import Batch
 from puzzle_jax.bld import BLDConfig, Job, JobWeights
 from puzzle_jax.distil import Distillation, Distilled, first_weights
 from puzzle_jax.library import Library
+from puzzle_jax.mesh import of_first
 from puzzle_jax.rolling import Turn
 from puzzle_jax.runs import Run
 
@@ -52,6 +53,7 @@ class Builder:
     self._config = run.parent.architecture.config
     self._heldout_rows = run.packed("heldout")
     self._steps: dict[tuple[tuple[Job, ...], int], list[memory.Step]] = {}
+    self._trained_s = self._waited_s = 0.0
 
   def build(self) -> None:
     """Distils what is missing."""
@@ -92,7 +94,14 @@ class Builder:
           library.put_state(turn.layers[0], turn.index, distillation.state())
         else:
           self._put(turn, distillation)
+        self._trained_s += distillation.trained_s
+        self._waited_s += distillation.waited_s
         bar.update()
+    if self._trained_s:
+      share = self._waited_s / self._trained_s
+      run.progress.say(
+        f"library: {self._trained_s:.0f} s of training; the device waited {share:.1%} of them for batches"
+      )
 
   def _heldout(self, layers: Sequence[int]) -> Callable[[], Iterator[Batch]]:
     inputs = [activations.read(self._run.store("activations"), "heldout", layer) for layer in layers]
@@ -131,7 +140,7 @@ class Builder:
     settings, layer, shape = self._settings, turn.layers[g], turn.window.shape
     fitted = range(max(1, min(shape.shards, settings.fit_tokens // (shape.rows * shape.tokens))))
     held_out = self._heldout([layer])
-    variants = first_weights(
+    made = first_weights(
       self._run.space.layers[layer],
       self._config,
       parent,
@@ -140,6 +149,7 @@ class Builder:
       train=lambda: (batch.layer(0) for batch in turn.window.batches([layer], fitted)),
       heldout=lambda: (batch.layer(0) for batch in held_out()),
     )
+    variants = of_first(made)
     return {job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs}
 
   def _train(self, turn: Turn, distillation: Distillation, *, steps: int, stop: Callable[[], bool]) -> None:

@@ -31,9 +31,7 @@ class _State:
   numbers = itertools.count()  # of what processes do together: the same in all of them
 
 
-def start(
-  *, coordinator: str = "", processes: int = 0, process: int | None = None, heartbeat_s: int = 100
-) -> None:
+def start(*, coordinator: str = "", processes: int = 0, process: int | None = None, heartbeat_s: int = 100) -> None:
   """Joins the other processes of the run, if there are any; before anything touches a device.
 
   Without arguments they are found as JAX finds them where a scheduler started them: several tasks of a Slurm step, or an
@@ -62,7 +60,11 @@ def start(
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
-      coordinator or None, processes or None, process, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=60
+      coordinator or None,
+      processes or None,
+      process,
+      heartbeat_timeout_seconds=heartbeat_s,
+      shutdown_timeout_seconds=60,
     )
   except (RuntimeError, ValueError, KeyError) as e:
     raise PuzzleError(

@@ -116,7 +116,14 @@ STAGES = (
     memory=("coupled.bld.batch_rows", "coupled.bld.memory_gib"),
   ),
   Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
-  Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child"), memory=("gkd.batch_rows", "data.seq_len")),
+  Stage(
+    "gkd",
+    stages.make_gkd,
+    ("gkd",),
+    ("data", "child"),
+    memory=("gkd.batch_rows", "data.seq_len"),
+    together=True,
+  ),
   Stage(
     "evaluation",
     stages.make_evaluation,
