@@ -34,8 +34,8 @@ class _State:
 def start(*, coordinator: str = "", processes: int = 0, process: int | None = None, heartbeat_s: int = 100) -> None:
   """Joins the other processes of the run, if there are any; before anything touches a device.
 
-  Without arguments they are found as JAX finds them where a scheduler started them: several tasks of a Slurm step, or an
-  indexed Job or JobSet of Kubernetes (which needs `pip install kubernetes`).
+  Without arguments they are found as JAX finds them where a scheduler started them: several tasks of a Slurm step, or
+  an indexed Job or JobSet of Kubernetes (which needs `pip install kubernetes`).
 
   Args:
     coordinator: address and port of process 0, as in `10.0.0.1:1234`.

@@ -339,7 +339,7 @@ def train(
         if step + 1 < config.steps or stop:
           custom = {"iterator": iterator.get_state()}
           if checkpoints.save(step + 1, state, custom_metadata=custom, force=stop):
-            distributed.by_first(lambda saved=str(step + 1): _note_checksums(folder, saved))
+            distributed.by_first(functools.partial(_note_checksums, folder, str(step + 1)))
         if stop:
           break
   rows = [dict(zip(METRICS, row, strict=True)) for row in np.asarray(state.history, np.float64).tolist()]

@@ -8,6 +8,7 @@ missing, and a changed config redoes exactly the stages that depend on the chang
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import time
@@ -283,7 +284,7 @@ def _run_stages(run: Run, wanted: Sequence[Stage], reuse: Workdir | None) -> Non
       if not run.store(name).done:
         raise PuzzleError(f"stage {stage.name} needs {name}, which is not done; add it to --stages, or run all stages")
     store, key = run.store(stage.name), stage.key(run)
-    reason = distributed.by_first(lambda: status(stage, run, store))
+    reason = distributed.by_first(functools.partial(status, stage, run, store))
     other = reuse.stage(stage.name) if reuse and reason else None
     if reason is None:
       run.progress.say(f"{stage.name}: done")
@@ -293,7 +294,7 @@ def _run_stages(run: Run, wanted: Sequence[Stage], reuse: Workdir | None) -> Non
     elif stage.together:
       _make(stage, run, store, reason)
     else:
-      distributed.by_first(lambda: _make(stage, run, store, reason))
+      distributed.by_first(functools.partial(_make, stage, run, store, reason))
     if stage.check is not None:
       stage.check(run)
 

@@ -46,11 +46,13 @@ def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess
   ends = []
   try:
     for process in processes:
-      out, err = process.communicate(timeout=300)
+      out, err = process.communicate(timeout=150)
+      err = "".join(line for line in err.splitlines(keepends=True) if "[Gloo]" not in line)
       ends.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
   finally:
     for process in processes:
       process.kill()
+      process.communicate()
   return ends
 
 
@@ -84,6 +86,7 @@ def ended(folder, request):
           "--config.space.attention=('gqa','linear')",
           "--config.space.ffn=(0.5,'none')",
           "--config.bld.steps=3",
+          "--config.gkd.steps=3",
           f"--workdir={workdir}",
           f"--stages={','.join(STAGES)}",
         ],
