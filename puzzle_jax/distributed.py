@@ -49,7 +49,7 @@ def start(*, coordinator: str = "", processes: int = 0, process: int | None = No
   given = (bool(coordinator), processes > 0, process is not None)
   if any(given) and not all(given):
     raise PuzzleError("--coordinator, --processes and --process belong together; give all three, or none")
-  if _State.client is not None or not (all(given) or _scheduled()):
+  if _State.client is not None or not (all(given) or scheduled()):
     return
   if all(given) and not 0 <= (process or 0) < processes:
     raise PuzzleError(f"--process={process} must be from 0 to {processes - 1}, of --processes={processes}")
@@ -76,10 +76,10 @@ def start(*, coordinator: str = "", processes: int = 0, process: int | None = No
   _State.client = state.client if _State.count > 1 else None
 
 
-def _scheduled() -> bool:
+def scheduled() -> bool:
   """Whether a scheduler started this process as one of several."""
-  slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ
-  return slurm or ("KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ)
+  slurm_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # srun's; a batch script alone is one process
+  return slurm_step or ("KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ)
 
 
 def count() -> int:

@@ -179,6 +179,25 @@ def test_a_single_process_decides_alone():
   )
 
 
+@pytest.mark.parametrize(
+  "env, several",
+  [
+    ({}, False),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # in a batch script, outside of srun
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}, True),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+  ],
+)
+def test_schedulers_are_seen(env, several, monkeypatch):
+  for name in ("SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  assert distributed.scheduled() is several
+
+
 def test_refuses_half_of_the_flags():
   with pytest.raises(PuzzleError, match="--coordinator, --processes and --process belong together"):
     distributed.start(processes=2)
