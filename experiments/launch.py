@@ -17,11 +17,17 @@ from typing import Any, Protocol
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from puzzle_jax import preemption
+from puzzle_jax import distributed, preemption
 from puzzle_jax.config import RunConfig, check_key
 from puzzle_jax.errors import PuzzleError
 
 _ROOT = Path(__file__).parent.parent  # `configs` lies beside `experiments`, in a checkout and where it is installed
+
+
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for several processes as one run.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "How many there are; 0: one, or as Slurm or Kubernetes started them.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_HEARTBEAT_S = flags.DEFINE_integer("heartbeat_s", 100, "Seconds of silence after which a process counts as dead.")
 
 
 class ConfigFlag(Protocol):
@@ -50,6 +56,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     logging.set_verbosity(logging.ERROR)  # libraries' chatter would tear the progress bars
     preemption.listen()
     try:
+      distributed.start(
+        coordinator=_COORDINATOR.value,
+        processes=_PROCESSES.value,
+        process=_PROCESS.value,
+        heartbeat_s=_HEARTBEAT_S.value,
+      )
       if len(argv) > 1:
         raise PuzzleError(f"unexpected arguments {' '.join(argv[1:])}; options start with --")
       return main(argv)

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_jax import activations, memory, preemption, rolling
+from puzzle_jax import activations, distributed, memory, preemption, rolling
 from puzzle_jax.activations import Batch
 from puzzle_jax.bld import BLDConfig, Job, JobWeights
 from puzzle_jax.distil import Distillation, Distilled, first_weights
 from puzzle_jax.library import Library
+from puzzle_jax.mesh import of_first
 from puzzle_jax.rolling import Turn
 from puzzle_jax.runs import Run
 
@@ -139,7 +140,7 @@ class Builder:
     settings, layer, shape = self._settings, turn.layers[g], turn.window.shape
     fitted = range(max(1, min(shape.shards, settings.fit_tokens // (shape.rows * shape.tokens))))
     held_out = self._heldout([layer])
-    variants = first_weights(
+    made = first_weights(
       self._run.space.layers[layer],
       self._config,
       parent,
@@ -148,6 +149,7 @@ class Builder:
       train=lambda: (batch.layer(0) for batch in turn.window.batches([layer], fitted)),
       heldout=lambda: (batch.layer(0) for batch in held_out()),
     )
+    variants = of_first(made)
     return {job.name: {s.slot: variants[s.id] for s in job.subblocks} for job in jobs}
 
   def _train(self, turn: Turn, distillation: Distillation, *, steps: int, stop: Callable[[], bool]) -> None:
@@ -158,7 +160,9 @@ class Builder:
     jobs = distillation.trainable
     key = (jobs, len(turn.layers))  # the shapes that a step is compiled for
     if key not in self._steps:
-      plan = memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
+      plan = distributed.by_first(
+        lambda: memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
+      )
       self._run.progress.say(f"library: {plan}")
       self._steps[key] = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
     for step in self._steps[key]:

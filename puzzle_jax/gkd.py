@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from puzzle_jax import data, divergence, preemption
+from puzzle_jax import data, distributed, divergence, preemption
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
@@ -30,6 +33,7 @@ from puzzle_jax.progress import Progress
 from puzzle_jax.store import CorruptFileError, file_digests, read_json, write_json
 from puzzle_jax.windows import ATTENTION
 
+PARENTS = ("sharded", "whole")
 METRICS = ("loss", "kl", "cosine", "lm", "gradient_norm")
 
 
@@ -51,6 +55,7 @@ class GKDConfig:
     checkpoint_steps: steps between checkpoints.
     dtype: of the matrix products; weights and losses are fp32.
     attention: "exact" keeps the documents of a row apart, "fast" does not, as flash attention needs it; in both models.
+    parent: "sharded" over the mesh as the child is, or "whole" on every device: faster where it fits.
     remat: recompute the inside of each block in the backward pass: less memory for a third more work.
     seed: of the order of rows.
   """
@@ -69,11 +74,12 @@ class GKDConfig:
   checkpoint_steps: int = 50
   dtype: str = "float32"
   attention: str = "exact"
+  parent: str = dataclasses.field(default="sharded", metadata={"result": False})
   remat: bool = True
   seed: int = 0
 
   def __post_init__(self) -> None:
-    for name, known in (("dtype", ("float32", "bfloat16")), ("attention", ATTENTION)):
+    for name, known in (("dtype", ("float32", "bfloat16")), ("attention", ATTENTION), ("parent", PARENTS)):
       if getattr(self, name) not in known:
         raise PuzzleError(f"gkd.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
@@ -134,6 +140,16 @@ class State:
       copied(config.eval_steps > 0),
     )
 
+  def mapped(self, of_weights: Callable[[Any], Any], of_figures: Callable[[Any], Any]) -> "State":
+    """Something done to what is as large as the weights, something else to the few figures beside it."""
+    figures = {name: of_figures(getattr(self, name)) for name in ("step", "history", "heldout_kl")}
+    large = {f.name: of_weights(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in figures}
+    return State(**large, **figures)
+
+  def on(self, mesh: Mesh) -> "State":
+    """Laid over the devices of a mesh."""
+    return self.mapped(lambda tree: mesh_lib.shard_state(mesh, tree), lambda x: mesh_lib.put(mesh, x, P()))
+
   def child(self, config: GKDConfig) -> Any:
     """The parameters that would come out now, were they not measured."""
     return self.ema if config.ema else self.params
@@ -174,7 +190,7 @@ def losses(
   return {"kl": jnp.sum(kl_T * mask_T) / count, "lm": jnp.sum(nll_T * mask_T) / count, "cosine": distance}
 
 
-@functools.partial(jax.jit, static_argnames=("child", "parent", "config"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("child", "parent", "config", "mesh"), donate_argnames="state")
 def train_step(
   state: State,
   batch: data.PackedText,
@@ -183,8 +199,9 @@ def train_step(
   child: Architecture,
   parent: Architecture,
   config: GKDConfig,
+  mesh: Mesh | None = None,
 ) -> State:
-  """One AdamW step; its metrics go into the history."""
+  """One AdamW step; its metrics go into the history. The state stays as it lies on the mesh."""
 
   def total(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     parts = losses((child, params), (parent, parent_params), batch, config)
@@ -197,7 +214,7 @@ def train_step(
   row = jnp.stack([metrics[name] for name in METRICS])
   params = optax.apply_updates(state.params, updates)
   decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
-  return dataclasses.replace(
+  state = dataclasses.replace(
     state,
     params=params,
     optimizer=optimizer,
@@ -205,6 +222,7 @@ def train_step(
     history=state.history.at[state.step].set(row),
     ema=jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if config.ema else {},
   )
+  return state if mesh is None else state.mapped(lambda tree: mesh_lib.keep_sharded(mesh, tree), lambda x: x)
 
 
 @functools.partial(jax.jit, static_argnames=("child", "parent", "config"))
@@ -228,13 +246,14 @@ def measured(
   child: Architecture,
   parent: Architecture,
   config: GKDConfig,
+  mesh: Mesh,
 ) -> State:
   """The state with the KL of its child on held-out rows noted, and that child kept if it is the best so far."""
   params, total, tokens = state.child(config), 0.0, 0
   for start in range(0, heldout.num_rows, config.batch_rows):
     batch = heldout.rows(slice(start, start + config.batch_rows))
     count = int(np.sum(data.target_mask(batch.segment_ids)))
-    total += count * float(_kl(params, batch, parent_params, child=child, parent=parent, config=config))
+    total += count * float(_kl(params, on_mesh(mesh, batch), parent_params, child=child, parent=parent, config=config))
     tokens += count
   before = np.asarray(state.heldout_kl)
   is_best = total / tokens < np.min(before, where=~np.isnan(before), initial=np.inf)
@@ -243,6 +262,11 @@ def measured(
     heldout_kl=state.heldout_kl.at[state.step - 1].set(total / tokens),
     best=jax.tree.map(jnp.copy, params) if is_best else state.best,
   )
+
+
+def on_mesh(mesh: Mesh, batch: data.PackedText) -> data.PackedText:
+  """A batch, its rows over `data`."""
+  return mesh_lib.put(mesh, batch, mesh_lib.rows_spec(mesh, batch.num_rows))
 
 
 def train(
@@ -254,6 +278,7 @@ def train(
   heldout: data.PackedText,
   folder: Path,
   progress: Progress,
+  mesh: Mesh | None = None,
   log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> tuple[Any, list[dict[str, float]]]:
   """Trains the child and returns its parameters and the metrics of each step, `heldout_kl` where it was measured.
@@ -266,6 +291,7 @@ def train(
     heldout: rows for `config.eval_steps`.
     folder: for checkpoints; a run that finds some goes on from the last.
     progress: for the bar.
+    mesh: the devices; None: one.
     log: gets each step's number, from 1, and its metrics.
 
   Raises:
@@ -273,9 +299,15 @@ def train(
   """
   if config.steps == 0:
     return child[1], []
-  parent_params, state = decoder.stacked(*parent), State.first(decoder.stacked(*child), config)
+  mesh = mesh or mesh_lib.one_device()
+  parent_params = decoder.stacked(*parent)
+  if config.parent == "sharded":
+    parent_params = mesh_lib.shard_state(mesh, parent_params)
+  else:
+    parent_params = mesh_lib.put(mesh, parent_params, P())
+  state = State.first(decoder.stacked(*child), config).on(mesh)
   iterator = data.batches(packed, batch_size=config.batch_rows, seed=config.seed)
-  _drop_damaged(folder, progress)
+  distributed.by_first(lambda: _drop_damaged(folder, progress))
   with ocp.training.Checkpointer(
     folder.absolute(),
     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(config.checkpoint_steps),
@@ -289,10 +321,11 @@ def train(
     bar = progress.bar("gkd", total=config.steps, unit="step", done=int(state.step))
     with bar, preemption.deferred() as preempted:
       for step in range(int(state.step), config.steps):
-        state = train_step(state, next(iterator), parent_params, child=child[0], parent=parent[0], config=config)
+        batch = on_mesh(mesh, next(iterator))
+        state = train_step(state, batch, parent_params, child=child[0], parent=parent[0], config=config, mesh=mesh)
         metrics = dict(zip(METRICS, np.asarray(state.history[step]).tolist(), strict=True))
         if config.eval_steps and ((step + 1) % config.eval_steps == 0 or step + 1 == config.steps):
-          state = measured(state, heldout, parent_params, child=child[0], parent=parent[0], config=config)
+          state = measured(state, heldout, parent_params, child=child[0], parent=parent[0], config=config, mesh=mesh)
           metrics["heldout_kl"] = float(state.heldout_kl[step])
         log(step + 1, metrics)
         if not np.isfinite(metrics["loss"]):
@@ -306,19 +339,28 @@ def train(
         if step + 1 < config.steps or stop:
           custom = {"iterator": iterator.get_state()}
           if checkpoints.save(step + 1, state, custom_metadata=custom, force=stop):
-            write_json(_checksums(folder), {str(step + 1): file_digests(folder / str(step + 1))})
+            distributed.by_first(functools.partial(_note_checksums, folder, str(step + 1)))
         if stop:
           break
   rows = [dict(zip(METRICS, row, strict=True)) for row in np.asarray(state.history, np.float64).tolist()]
   for row, kl in zip(rows, np.asarray(state.heldout_kl, np.float64).tolist(), strict=True):
     row |= {} if np.isnan(kl) else {"heldout_kl": kl}
-  return decoder.unstacked(child[0], state.best if config.eval_steps else state.child(config)), rows
+  trained = mesh_lib.gathered(state.best if config.eval_steps else state.child(config))
+  return decoder.unstacked(child[0], trained), rows
 
 
 def forget_checkpoints(folder: Path) -> None:
   """Deletes the checkpoints of a finished or superseded training."""
-  shutil.rmtree(folder, ignore_errors=True)
-  _checksums(folder).unlink(missing_ok=True)
+
+  def forget() -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _checksums(folder).unlink(missing_ok=True)
+
+  distributed.by_first(forget)
+
+
+def _note_checksums(folder: Path, step: str) -> None:
+  write_json(_checksums(folder), {step: file_digests(folder / step)})
 
 
 def _checksums(folder: Path) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import ModelConfig
+from puzzle_jax.mesh import gathered
 from puzzle_jax.model import subblocks
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Variants, Weights, mean_square, parent_deltas, token_weights
@@ -63,7 +64,7 @@ class NormalEquations:
   def _totals(self) -> dict[str, jax.Array]:
     """The sums in fp64."""
     with jax.enable_x64(True):
-      return _to_fp64(self._sums)
+      return _to_fp64(gathered(self._sums))
 
   def loss(self, w_DE: np.ndarray) -> float:
     """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""

@@ -12,11 +12,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from puzzle_jax import distributed
 from puzzle_jax.errors import PuzzleError
 
 AXES = ("data", "model", "layer")
@@ -57,6 +59,11 @@ def build(config: MeshConfig) -> Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=auto, devices=jax.devices()[: config.devices])
 
 
+def one_device() -> Mesh:
+  """The mesh of this process's first device."""
+  return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1])
+
+
 def _layers(mesh: Mesh, count: int) -> str | None:
   """The axis of so many layers side by side, if it divides them."""
   return "layer" if count % mesh.shape["layer"] == 0 else None
@@ -94,6 +101,39 @@ def place(mesh: Mesh, whole: np.ndarray, spec: P) -> jax.Array:
   return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec), lambda index: whole[index])
 
 
+def put(mesh: Mesh, tree: Any, spec: P) -> Any:
+  """Arrays that every process has, on its own devices or off them, on those of the mesh."""
+  if mesh.is_multi_process:
+    return jax.tree.map(lambda x: place(mesh, np.asarray(x), spec), tree)
+  return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def state_spec(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> P:
+  """Of an array of a model that is trained whole, or of its optimiser: FFN channels lie along `model`, and the longest
+  other axis along `data`, each if that divides it (FSDP).
+  """
+  axes: list[str | None] = [None] * len(shape)
+  axis = {"gate": -2, "up": -2, "down": -1}.get(str(getattr(path[-1], "key", None)) if path else "")
+  if axis is not None and len(shape) >= 2 and shape[axis] % mesh.shape["model"] == 0:
+    axes[axis] = "model"
+  free = [i for i, size in enumerate(shape) if axes[i] is None and size % mesh.shape["data"] == 0]
+  if free and max(shape[i] for i in free) > 1:
+    axes[max(free, key=lambda i: shape[i])] = "data"
+  return P(*axes)
+
+
+def shard_state(mesh: Mesh, tree: Any) -> Any:
+  """A model's weights that every process has, or its optimiser's states, on their devices (`state_spec`)."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: put(mesh, x, state_spec(mesh, path, x.shape)), tree)
+
+
+def keep_sharded(mesh: Mesh, tree: Any) -> Any:
+  """Within a compiled step: its output as `shard_state` lays it."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, state_spec(mesh, path, x.shape))), tree
+  )
+
+
 def local_rows(array: jax.Array) -> np.ndarray:
   """This process's rows of an array that is sharded over `data` along its first axis."""
   parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -103,6 +143,16 @@ def local_rows(array: jax.Array) -> np.ndarray:
 def from_local_rows(mesh: Mesh, local: np.ndarray, rows: int) -> jax.Array:
   """The inverse of `local_rows`, for an array of so many rows in all."""
   return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), local, (rows, *local.shape[1:]))
+
+
+def gathered(tree: Any) -> Any:
+  """Arrays of a tree, whole and on this process's own devices; as they are where they are that already."""
+  return jax.tree.map(lambda x: x if x.is_fully_addressable else jnp.asarray(fetch(x)), tree)
+
+
+def of_first(tree: Any) -> Any:
+  """Process 0's NumPy arrays, in all processes: what each computed by itself may differ in its last bits."""
+  return multihost_utils.broadcast_one_to_all(tree) if distributed.count() > 1 else tree
 
 
 def fetch(tree: Any) -> Any:

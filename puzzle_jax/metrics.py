@@ -19,6 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter  # EventFileWriter would import TensorFlow if it can
 
+from puzzle_jax import distributed
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.store import digest, replacing
 
@@ -96,6 +97,8 @@ class Series:
 
   def __call__(self, step: int, values: Mapping[str, float]) -> None:
     """Records a step, counted from 1; steps from the first one given on that were recorded before are dropped."""
+    if not distributed.is_first():
+      return
     if self._lines is None:
       self._open(step)
     record = {"step": step, "time": time.time(), **values}

@@ -8,6 +8,7 @@ missing, and a changed config redoes exactly the stages that depend on the chang
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from puzzle_jax import preflight, stages
+from puzzle_jax import distributed, preflight, stages
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
@@ -43,6 +44,7 @@ class Stage:
     check: refuses, once the stage is done, what later stages could not make good.
     files: those outside of the work directory that it reads.
     memory: fields of the config that its memory grows with.
+    together: made by all processes of a run, on one mesh; the others are made by process 0.
     version: raised when the code changes what it makes.
   """
 
@@ -54,6 +56,7 @@ class Stage:
   check: Callable[[Run], None] | None = None
   files: Callable[[RunConfig], Sequence[Path]] = lambda config: ()
   memory: tuple[str, ...] = ()
+  together: bool = False
   version: int = 1
 
   def key(self, run: Run) -> dict[str, Any]:
@@ -78,6 +81,7 @@ STAGES = (
     (),
     ("data",),
     memory=("activations.batch_rows", "data.seq_len"),
+    together=True,
     version=2,
   ),
   Stage(
@@ -86,6 +90,7 @@ STAGES = (
     ("bld", "space", "activations"),
     ("data", "activations"),
     memory=("bld.batch_rows", "bld.memory_gib", "activations.window_tokens"),
+    together=True,
     version=2,
   ),
   Stage(
@@ -94,6 +99,7 @@ STAGES = (
     ("scores", "space"),
     ("data", "activations", "library"),
     memory=("scores.batch_rows", "data.heldout_tokens"),
+    together=True,
   ),
   Stage(
     "search",
@@ -111,7 +117,14 @@ STAGES = (
     memory=("coupled.bld.batch_rows", "coupled.bld.memory_gib"),
   ),
   Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
-  Stage("gkd", stages.make_gkd, ("gkd",), ("data", "child"), memory=("gkd.batch_rows", "data.seq_len")),
+  Stage(
+    "gkd",
+    stages.make_gkd,
+    ("gkd",),
+    ("data", "child"),
+    memory=("gkd.batch_rows", "data.seq_len"),
+    together=True,
+  ),
   Stage(
     "evaluation",
     stages.make_evaluation,
@@ -211,14 +224,19 @@ def run(
   if reuse is not None and not (Path(reuse) / "config.json").is_file():
     raise PuzzleError(f"reuse={os.fspath(reuse)!r} is no run's directory: it has no config.json")
   this.progress.say(f"parent {this.parent.name}; space: {this.space}")
-  with this.workdir.lock(), contextlib.ExitStack() as tracking:
-    check_identity(this)
-    if todo := [s for s in wanted if status(s, this, this.store(s.name))]:
-      _check_resources(this, todo)
-    write_json(this.workdir.root / "config.json", config.to_dict())
-    this.workdir.append("launches.jsonl", launch_record(wanted=[s.name for s in wanted]))
-    if wandb:
-      this.wandb = tracking.enter_context(WandbRun(wandb, workdir=this.workdir.root, config=config.to_dict()))
+  with contextlib.ExitStack() as held:
+
+    def begin() -> None:
+      held.enter_context(this.workdir.lock())
+      check_identity(this)
+      if todo := [s for s in wanted if status(s, this, this.store(s.name))]:
+        _check_resources(this, todo)
+      write_json(this.workdir.root / "config.json", config.to_dict())
+      this.workdir.append("launches.jsonl", launch_record(wanted=[s.name for s in wanted]))
+      if wandb:
+        this.wandb = held.enter_context(WandbRun(wandb, workdir=this.workdir.root, config=config.to_dict()))
+
+    distributed.by_first(begin)
     _repairing(this, lambda: _run_stages(this, wanted, None if reuse is None else Workdir(reuse)))
   return this
 
@@ -266,15 +284,17 @@ def _run_stages(run: Run, wanted: Sequence[Stage], reuse: Workdir | None) -> Non
       if not run.store(name).done:
         raise PuzzleError(f"stage {stage.name} needs {name}, which is not done; add it to --stages, or run all stages")
     store, key = run.store(stage.name), stage.key(run)
-    reason = status(stage, run, store)
+    reason = distributed.by_first(functools.partial(status, stage, run, store))
     other = reuse.stage(stage.name) if reuse and reason else None
     if reason is None:
       run.progress.say(f"{stage.name}: done")
     elif other and other.done and other.key == key and not other.missing():
       run.progress.say(f"{stage.name}: taken from {other.root}")
       store.adopt(other)
-    else:
+    elif stage.together:
       _make(stage, run, store, reason)
+    else:
+      distributed.by_first(functools.partial(_make, stage, run, store, reason))
     if stage.check is not None:
       stage.check(run)
 

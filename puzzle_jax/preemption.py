@@ -16,6 +16,8 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from puzzle_jax import distributed
+
 EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -43,12 +45,12 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-  """Holds SIGTERM back; yields whether it has come. At the end of the body it is raised."""
+  """Holds SIGTERM back; yields whether it has come, to any process. At the end of the body it is raised."""
   global _deferring
   _deferring = True
   try:
-    yield lambda: _asked
+    yield lambda: distributed.anyone(_asked)
   finally:
     _deferring = False
-  if _asked:
+  if distributed.anyone(_asked):
     raise PreemptedError

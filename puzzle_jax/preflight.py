@@ -15,7 +15,7 @@ from puzzle_jax.store import read_json
 
 def memory_bytes() -> int:
   """Of the first device: its own, or the machine's where it has none of its own."""
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

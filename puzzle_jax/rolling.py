@@ -5,6 +5,7 @@ what it reads itself; then that is dropped. Turns that were finished before are 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from puzzle_jax import memory, windows
+from puzzle_jax import distributed, memory, windows
 from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import Parent
@@ -132,7 +133,7 @@ def turns(
       dtype=config.dtype,
     )
     size = shape.size * (1 + max(map(len, groups)))
-    tier = memory.tier_for(size) if config.tier == "auto" else config.tier
+    tier = distributed.by_first(functools.partial(memory.tier_for, size)) if config.tier == "auto" else config.tier
     part = f"window {index + 1} of {len(parts)}: " if len(parts) > 1 else ""
     progress.say(f"library: {part}activations of {packed.num_tokens:,} tokens, {size / 2**30:.2f} GiB ({tier})")
     window = Window(

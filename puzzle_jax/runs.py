@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from puzzle_jax import data, mesh, scoring, space
+from puzzle_jax import data, distributed, mesh, scoring, space
 from puzzle_jax.arch import Architecture
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, jax_timing
@@ -35,7 +36,7 @@ class Run:
 
   def __init__(self, config: RunConfig, workdir: str | os.PathLike[str], *, quiet: bool = False):
     self.config, self.workdir = config, Workdir(workdir)
-    self.progress = Progress(quiet=quiet)
+    self.progress = Progress(quiet=quiet or not distributed.is_first())
     self.wandb: WandbRun | None = None
 
   def store(self, stage: str) -> StageStore:
@@ -46,9 +47,13 @@ class Run:
     folder = self.workdir.root / stage / "metrics" / part
     return Series(folder, name=f"{stage}/{part}".rstrip("/"), wandb=self.wandb)
 
-  @functools.cached_property
+  @property
   def mesh(self) -> Mesh:
-    """The devices that the run uses."""
+    """The devices that the run uses; of what one of several processes does alone, its first."""
+    return self._mesh if distributed.count() == jax.process_count() else mesh.one_device()
+
+  @functools.cached_property
+  def _mesh(self) -> Mesh:
     return mesh.build(self.config.mesh)
 
   @functools.cached_property

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from puzzle_jax import activations, divergence
@@ -107,7 +107,7 @@ class Scorer:
     mesh: Mesh | None = None,
   ):
     self._mesh = mesh or mesh_lib.build(mesh_lib.MeshConfig())
-    params = jax.device_put(dict(params), NamedSharding(self._mesh, P()))
+    params = mesh_lib.put(self._mesh, dict(params), P())
     self._config, self._head = architecture.config, {k: w for k, w in params.items() if k != "layers"}
     self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
     self._parent_specs = set(architecture.blocks)
@@ -117,7 +117,11 @@ class Scorer:
     self._rows = [
       (
         rows,
-        jax.device_put(activations.to_context(self._config, packed, rows), self._spread(packed.rows(rows).num_rows)),
+        mesh_lib.put(
+          self._mesh,
+          activations.to_context(self._config, packed, rows),
+          self._spread(packed.rows(rows).num_rows),
+        ),
       )
       for rows in (slice(start, start + batch_rows) for start in starts)
     ]
@@ -132,12 +136,12 @@ class Scorer:
         self._batches.append(_Batch(rows, context, reference, targets))
     self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
 
-  def _spread(self, rows: int) -> NamedSharding:
+  def _spread(self, rows: int) -> P:
     """Over all devices, if rows can be."""
-    return NamedSharding(self._mesh, P(mesh_lib.AXES if rows % self._mesh.size == 0 else None))
+    return P(mesh_lib.AXES if rows % self._mesh.size == 0 else None)
 
   def _put(self, x: Any) -> jax.Array:
-    return jax.device_put(x, self._spread(len(x)))
+    return mesh_lib.put(self._mesh, x, self._spread(len(x)))
 
   def _through(self, block: Block, x_BTD: jax.Array, context: subblocks.Context) -> jax.Array:
     """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
@@ -155,6 +159,8 @@ class Scorer:
       blocks: with their weights.
       x_RTD: something that they can read.
     """
+    if self._mesh.is_multi_process:  # which compile, as they run, in one order
+      return
     rows, context = self._rows[0]
     x = self._put(x_RTD[rows])
     programs: dict[Any, Any] = {spec: functools.partial(_block, spec, self._config, w) for spec, w in self.parent}
@@ -209,6 +215,8 @@ class Scorer:
       Each metric and its standard error, `<metric>_stderr`.
     """
     suffix = (self.parent if model is None else model)[layer + 1 :]
+    if self._mesh.is_multi_process:
+      weights = mesh_lib.put(self._mesh, weights, P())
     return self._scores(self._measured(x_RTD, [(spec, weights), *suffix]))
 
   def whole(self, blocks: Sequence[Block]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from puzzle_jax import activations, bld, coupling, data, gkd, preemption, refine, report, scoring
+from puzzle_jax import activations, bld, coupling, data, distributed, gkd, preemption, refine, report, scoring
 from puzzle_jax import costs as costs_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
@@ -196,7 +196,7 @@ def make_scores(run: Run, store: StageStore) -> None:
           bar.update()
           if preempted():
             break
-          if time.monotonic() - saved > _SAVE_EVERY_S:
+          if distributed.anyone(time.monotonic() - saved > _SAVE_EVERY_S):
             store.put_json(file, found)
             saved = time.monotonic()
         store.put_json(file, found)
@@ -301,19 +301,25 @@ def make_gkd(run: Run, store: StageStore) -> None:
       heldout=run.packed("heldout"),
       folder=checkpoints,
       progress=run.progress,
+      mesh=run.mesh,
       log=log,
     )
   store.put_json("history.json", {"steps": history})
-  arrays = jax.device_get(params)
-  with store.put_folder("model") as folder:
-    write_checkpoint(
-      folder,
-      child.architecture,
-      {k: v for k, v in arrays.items() if k != "layers"},
-      arrays["layers"],
-      tokenizer=run.tokenizer,
-      metadata={"parent": run.parent.name, "license": run.parent.license},
-    )
+
+  def write() -> None:
+    arrays = jax.device_get(params)
+    with store.put_folder("model") as folder:
+      write_checkpoint(
+        folder,
+        child.architecture,
+        {k: v for k, v in arrays.items() if k != "layers"},
+        arrays["layers"],
+        tokenizer=run.tokenizer,
+        metadata={"parent": run.parent.name, "license": run.parent.license},
+      )
+
+  distributed.by_first(write)
+  store.reload()
   gkd.forget_checkpoints(checkpoints)
 
 

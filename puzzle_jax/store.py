@@ -27,6 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from puzzle_jax import distributed
 from puzzle_jax.errors import PuzzleError
 
 MANIFEST = "manifest.json"
@@ -44,6 +45,9 @@ class CleanedFileError(PuzzleError):
   def __init__(self, message: str, folder: Path):
     super().__init__(message)
     self.folder = folder
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (str(self), self.folder)
 
 
 def _canonical(data: Any) -> bytes:
@@ -133,12 +137,20 @@ def read_json(path: Path) -> Any:
 
 
 class StageStore:
-  """The folder of one stage. Files are named by relative paths such as `layer_07.safetensors`."""
+  """The folder of one stage. Files are named by relative paths such as `layer_07.safetensors`.
+
+  Where several processes hold one, what changes it is called by all of them and done by process 0.
+  """
 
   def __init__(self, root: Path):
     self.root = root
-    path = root / MANIFEST
-    self._manifest: dict[str, Any] = read_json(path) if path.exists() else {"key": None, "files": {}, "done": False}
+    self._manifest: dict[str, Any]
+    self.reload()
+
+  def reload(self) -> None:
+    """Takes up what the folder holds now."""
+    path = self.root / MANIFEST
+    self._manifest = read_json(path) if path.exists() else {"key": None, "files": {}, "done": False}
 
   @property
   def key(self) -> Any:
@@ -174,8 +186,10 @@ class StageStore:
     return len(self._there) < len(self._manifest["files"])
 
   def _save(self) -> None:
-    write_json(self.root / MANIFEST, self._manifest)
+    if distributed.is_first():
+      write_json(self.root / MANIFEST, self._manifest)
 
+  @distributed.written_by_first
   def begin(self, key: Any) -> None:
     """Makes the folder one for `key`: what was made for another key, or left half-written, goes."""
     key = json.loads(_canonical(key))
@@ -189,11 +203,13 @@ class StageStore:
     self._manifest["done"] = False
     self._save()
 
+  @distributed.written_by_first
   def finish(self, record: Mapping[str, Any]) -> None:
     """Marks the stage as done, with versions and timing."""
     self._manifest |= {"done": True, "record": dict(record)}
     self._save()
 
+  @distributed.written_by_first
   def adopt(self, other: "StageStore") -> None:
     """Makes the folder hold what another run's finished stage does; files are shared (hard links) where they can be."""
     self.begin(other.key)
@@ -209,6 +225,7 @@ class StageStore:
     self._manifest["files"] = copy.deepcopy(other._manifest["files"])
     self.finish(other.record)
 
+  @distributed.written_by_first
   def clean(self, names: Sequence[str]) -> None:
     """Removes finished files that nothing reads soon; the stage stays done, and what depends on it stays valid."""
     finished = (self.root / MANIFEST).stat()
@@ -219,6 +236,7 @@ class StageStore:
     for name in names:
       (self.root / name).unlink(missing_ok=True)
 
+  @distributed.written_by_first
   def forget_cleaned(self) -> None:
     """Makes the stage one that has to make again what `clean` removed."""
     self._manifest |= {"files": self._there, "done": False}
@@ -245,6 +263,7 @@ class StageStore:
     if self._manifest["files"].pop(name, None) is not None:
       self._save()
 
+  @distributed.written_by_first
   def remove(self, name: str) -> None:
     """Deletes a file, if it is there."""
     self._forget(name)
@@ -258,12 +277,14 @@ class StageStore:
       self._manifest["files"][name] = {"sha256": sha, "content": content, "bytes": path.stat().st_size}
     self._save()
 
+  @distributed.written_by_first
   def put_json(self, name: str, data: Any) -> None:
     """Writes a JSON file; its top-level key `timing` does not count as content."""
     self._forget(name)
     write_json(self.root / name, data)
     self._record(name)
 
+  @distributed.written_by_first
   def put_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays as a safetensors file."""
     self._forget(name)
@@ -272,6 +293,7 @@ class StageStore:
       safetensors.numpy.save_file(contiguous, aside)
     self._record(name)
 
+  @distributed.written_by_first
   def put_text(self, name: str, text: str) -> None:
     self._forget(name)
     with replacing(self.root / name) as aside:

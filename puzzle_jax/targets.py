@@ -15,6 +15,7 @@ import numpy as np
 
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import BlockSpec, ModelConfig
+from puzzle_jax.mesh import fetch
 from puzzle_jax.model import subblocks
 
 SINK_CAP = 10.0
@@ -61,5 +62,6 @@ def scale_of(spec: BlockSpec, config: ModelConfig, parent: Weights, heldout: Ite
   squares = []
   for batch in heldout:
     attention, ffn = parent_deltas(spec, config, parent, batch.x, batch.context)
-    squares.append(np.asarray(mean_square(attention + ffn))[np.asarray(batch.real_BT) > 0])
+    square_BT, real_BT = fetch((mean_square(attention + ffn), batch.real_BT))
+    squares.append(square_BT[real_BT > 0])
   return Scale.of(np.concatenate(squares))

@@ -29,6 +29,7 @@ import tensorstore
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from puzzle_jax import distributed
 from puzzle_jax.activations import Batch, Where, forward, where_of
 from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.data import PackedText
@@ -194,7 +195,8 @@ class DiskTier:
     if broken:
       self._index.pop(str(layer), None)
       self._save()
-      raise CorruptFileError(
+      kind = CorruptFileError if distributed.count() == 1 else PuzzleError  # others know nothing of it: all end
+      raise kind(
         f"{self._url}layer_{layer:02d}: shard {shard} is missing or corrupt ({broken}); start again: it will be made "
         "anew"
       )
@@ -310,7 +312,7 @@ class Window:
 
   def latest(self, layer: int) -> int | None:
     """The last layer up to `layer` whose input is there."""
-    return next((i for i in range(layer, -1, -1) if self._tier.has(i)), None)
+    return next((i for i in range(layer, -1, -1) if distributed.everyone(self._tier.has(i))), None)
 
   def advance(self, layer: int, spec: BlockSpec, params: Any) -> dict[str, np.ndarray]:
     """Makes the input of the next layer.

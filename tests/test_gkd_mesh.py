@@ -1,0 +1,125 @@
+"""Global distillation on eight virtual CPU devices: the same losses and child however it is sharded."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from puzzle_jax import mesh
+
+# In a process of its own: the number of devices is fixed once JAX has begun.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import jax
+import numpy as np
+from puzzle_jax import gkd, mesh
+from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
+from puzzle_jax.data import PackedText
+from puzzle_jax.mesh import MeshConfig
+from puzzle_jax.model import decoder
+from puzzle_jax.progress import Progress
+
+root = Path(sys.argv[1])
+model = ModelConfig(vocab_size=64, hidden_size=32, num_heads=4, head_dim=8, max_context=64)
+parent = Architecture(model, (BlockSpec.parse("gqa2/w64"),) * 2)
+child = Architecture(model, (BlockSpec.parse("gqa1/w32"), BlockSpec.parse("linear/w48")))
+weights = [decoder.init(a, jax.random.key(i)) for i, a in enumerate((child, parent))]
+rng = np.random.default_rng(0)
+segments = np.repeat(np.array([[1] * 20 + [2] * 12]), 16, axis=0)
+positions = np.repeat(np.array([[*range(20), *range(12)]]), 16, axis=0)
+packed = PackedText(*(np.array(x, np.int32) for x in (rng.integers(0, 64, (16, 32)), segments, positions)))
+
+class Stopped(Exception):
+  pass
+
+def train(sizes, name, *, stop_after=0, parent_lies="sharded"):
+  config = gkd.GKDConfig(
+    steps=4, batch_rows=8, learning_rate=1e-4, warmup_steps=1, ema=0.5, eval_steps=2, checkpoint_steps=2,
+    parent=parent_lies,
+  )
+  def log(step, metrics):
+    if step == stop_after:
+      raise Stopped
+  params, history = gkd.train(
+    (child, weights[0]), (parent, weights[1]), packed, config=config, heldout=packed.rows(slice(8)),
+    folder=root / name, progress=Progress(quiet=True), mesh=mesh.build(MeshConfig(*sizes)), log=log,
+  )
+  return {"history": history, "sums": [float(np.sum(np.abs(x))) for x in jax.tree.leaves(jax.device_get(params))]}
+
+found = {}
+for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 1)):
+  found[",".join(map(str, sizes))] = train(sizes, f"at{sizes}")
+found["whole parent"] = train((8, 1, 1), "whole", parent_lies="whole")
+try:
+  train((8, 1, 1), "moved", stop_after=3)
+except Stopped:
+  found["stopped"] = True
+found["moved"] = train((2, 2, 1), "moved")
+
+on = mesh.build(MeshConfig(8, 1, 1))
+state = gkd.State.first(decoder.stacked(child, weights[0]), gkd.GKDConfig(steps=1)).on(on)
+def share(tree):
+  leaves = jax.tree.leaves(tree)
+  return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+batch = gkd.on_mesh(on, packed.rows(slice(8)))
+before = [share(state.params), share(state.optimizer)]
+state = gkd.train_step(
+  state, batch, decoder.stacked(parent, weights[1]), child=child, parent=parent, config=gkd.GKDConfig(steps=1), mesh=on
+)
+found["shares"] = [*before, share(state.params), share(state.optimizer)]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("gkd"))],
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+    cwd=Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["8,1,1", "2,2,1", "whole parent", "moved"])
+def test_the_child_is_that_of_one_device(found, name):
+  """A checkpoint of (8, 1, 1) that is "moved" to (2, 2, 1) included."""
+  assert found["stopped"]
+  expected = found["1,1,1"]
+  assert len(expected["history"]) == 4
+  for step, metrics in enumerate(expected["history"]):
+    assert found[name]["history"][step] == pytest.approx(metrics, rel=1e-5, abs=1e-7), step
+  assert found[name]["sums"] == pytest.approx(expected["sums"], rel=1e-5)
+
+
+def test_each_device_holds_its_share(found):
+  """An eighth of weights and optimiser on each of eight devices, before and after a step."""
+  assert found["shares"] == pytest.approx([1 / 8] * 4, rel=0.05)
+
+
+def test_axes_of_a_state():
+  on = mesh.build(mesh.MeshConfig())
+
+  sizes: Any = types.SimpleNamespace(shape={"data": 4, "model": 2, "layer": 1})
+
+  def spec(name: str, *shape: int) -> tuple[str | None, ...]:
+    return tuple(mesh.state_spec(sizes, (jax.tree_util.DictKey(name),), shape))
+
+  assert spec("gate", 3, 16, 8) == (None, "model", "data")
+  assert spec("down", 3, 8, 16) == (None, "data", "model")
+  assert spec("q", 3, 8, 16) == (None, None, "data")
+  assert spec("norm", 3, 6) == (None, None)
+  assert spec("count") == ()
+  assert mesh.shard_state(on, {"w": np.ones((2, 3))})["w"].sharding.is_fully_replicated
