@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     parent="meta-llama/Llama-3.1-70B-Instruct",
     space=SpaceConfig(),
     gkd_tokens=45_000_000_000,
+    gkd_rows=32,
     min_speedup=2.17,
     window_tokens=2**27,
   )

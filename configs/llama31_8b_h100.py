@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     parent="meta-llama/Llama-3.1-8B-Instruct",
     space=SpaceConfig(),
     gkd_tokens=5_000_000_000,
+    gkd_rows=8,
     min_speedup=1.7,
     window_tokens=2**28,
   )

@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     parent="meta-llama/Llama-3.3-70B-Instruct",
     space=SpaceConfig(attention=("none",), ffn=(0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "none"), ffn_multiple=256),
     gkd_tokens=45_000_000_000,
+    gkd_rows=32,
     min_speedup=2.17,
     window_tokens=2**27,
   )

@@ -18,6 +18,7 @@ from puzzle_jax.space import LayerSpace, Space
 
 _FP32 = 4
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float8": 1}
+STATE_COPIES = 5  # of every variant between windows: weights, first and best ones, AdamW's two moments
 _TOKEN_BYTES = 12  # token, segment and position of a packed row
 _TEXT_BYTES = 12  # of a written token as text, in the parts and in the dataset
 
@@ -52,7 +53,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
   block = parent.blocks[0]
 
   stored = data.heldout_tokens * _FP32 * model.hidden_size * (parent.num_layers + 1)
-  rolling = window * _WIDTHS[config.activations.dtype] * model.hidden_size * (config.bld.layers + 1)
+  rolling = rolling_bytes(config, parent, window_tokens=window, layers=config.bld.layers)
   windows = math.ceil(data.train_tokens / window)
   side_by_side = dataclasses.replace(config.bld, layers=math.ceil(config.bld.layers / mesh.layer))
   bld_rows = math.ceil(config.bld.batch_rows / mesh.data)
@@ -73,8 +74,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "library": Need(
       data.train_tokens * sum(layers) + sum(_distillation(config, parent, x) for x in space.layers),
       trained + rolling * (config.activations.tier != "disk") / mesh.data,
-      # Between windows: weights, first and best ones, and AdamW's two moments of every variant.
-      sum(variants) * (1 + 5 * (windows > 1)) + rolling * (config.activations.tier == "disk"),
+      sum(variants) * (1 + STATE_COPIES * (windows > 1)) + rolling * (config.activations.tier == "disk"),
     ),
     "scores": Need(
       _scores(config, parent, space),
@@ -109,6 +109,11 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "export": Need(0, 0, params * _WIDTHS[config.export.dtype] / _FP32),
     "report": Need(disk_bytes=6e6),
   }
+
+
+def rolling_bytes(config: RunConfig, parent: Architecture, *, window_tokens: int, layers: int) -> int:
+  """Of the training activations of a window: what layers side by side read, and what the next one does."""
+  return window_tokens * _WIDTHS[config.activations.dtype] * parent.config.hidden_size * (layers + 1)
 
 
 def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int) -> int:
