@@ -4,8 +4,8 @@
 
 Prints memory, disk, FLOPs, time and cost of each stage, the split of the devices that ends it first, and what windows
 of training tokens save. No device is needed, nor the parent's weights. The largest steps are compiled on shapes alone
-(for TPUs by their own compiler, if the extra `tpu` is installed); --nocompile answers in seconds. What a run would do on
-the machine at hand, `experiments.run --dry_run` says.
+(for TPUs by their own compiler, if the extra `tpu` is installed); --nocompile answers in seconds. What a run on the
+machine at hand would do, `experiments.run --dry_run` says.
 """
 
 import dataclasses

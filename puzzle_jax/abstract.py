@@ -1,8 +1,7 @@
 """What the largest steps take on a device, by compiling them on shapes alone: no weights, and no such device.
 
 The compiler is that of the host's CPU, or a TPU's where the package libtpu is installed (extra `tpu`), which needs no
-TPU for it. On a CPU attention keeps its whole matrix of scores, and products in bf16 make copies in fp32: beyond the
-arguments, a GPU takes less.
+TPU for it. Neither has the flash attention that a GPU's step has: attention keeps its scores (`scores_bytes`).
 """
 
 import contextlib
@@ -42,19 +41,27 @@ class Compiled:
     backend: whose compiler.
     arguments: weights, optimiser states and inputs, which are there in any case.
     temporaries: what it keeps besides while it runs, new outputs included.
+    refused: what the compiler said when the program is too large for the chip; then the bytes are 0.
   """
 
   backend: str
   arguments: int
   temporaries: int
+  refused: str = ""
 
   @property
   def total(self) -> int:
     return self.arguments + self.temporaries
 
   @classmethod
-  def of(cls, program: Any, backend: str) -> "Compiled":
-    found = program.memory_analysis()
+  def of(cls, lowered: Any, backend: str) -> "Compiled":
+    """Compiles."""
+    try:
+      found = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      return cls(backend, 0, 0, refused=next((x for x in str(e).splitlines() if "Used" in x), str(e)[:200]))
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return cls(backend, int(found.argument_size_in_bytes), int(found.temp_size_in_bytes + new))
 
@@ -132,7 +139,17 @@ def bld_step(
   batches = jax.eval_shape(batch, x_GBTD, _shape(rows, tokens, dtype=jnp.int32), _shape(rows, tokens))
   arguments = _whole((parent, trained, states, batches, (_shape(1), _shape(1))), _mesh(devices, MeshConfig()))
   step = functools.partial(bld.train_step, space.parent, jobs, config, settings)
-  return Compiled.of(jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile(), devices[0].device_kind)
+  return Compiled.of(jax.jit(step, donate_argnums=(1, 2)).lower(*arguments), devices[0].device_kind)
+
+
+def scores_bytes(space: LayerSpace, jobs: Sequence[Job], config: ModelConfig, *, rows: int, tokens: int) -> int:
+  """What attention that keeps its scores adds to a step: those of the parent, and of each variant four arrays.
+
+  These are the scores and the probabilities, and the gradients of both.
+  """
+  attends = [s for job in jobs for s in job.subblocks if s.slot == "attention" and s.kv_bytes_per_token(config)]
+  parent = bool(space.parent.kv_bytes_per_token(config))
+  return (parent + 4 * len(attends)) * rows * config.num_heads * tokens**2 * 4
 
 
 def gkd_step(
@@ -155,7 +172,7 @@ def gkd_step(
   batch = PackedText(*[jax.ShapeDtypeStruct((settings.batch_rows, tokens), jnp.int32, sharding=rows)] * 3)  # type: ignore[arg-type]
   step = functools.partial(inspect.unwrap(gkd.train_step), child=architecture, parent=architecture, config=settings)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, state))
-  return Compiled.of(jitted.lower(state, batch, params).compile(), devices[0].device_kind)
+  return Compiled.of(jitted.lower(state, batch, params), devices[0].device_kind)
 
 
 _INSIDE = {"q": -2, "k": -2, "v": -2, "o": -1, "gate": -2, "up": -2, "down": -1}  # heads and channels

@@ -127,22 +127,35 @@ class Forecast:
       )
 
   def _memory(self) -> Iterator[str]:
-    yield "memory of a device, by arithmetic and as compiled on shapes alone:"
+    yield "memory of a device, by arithmetic and as compiled on shapes alone (there attention keeps its scores):"
     for s in self.stages:
       if s.name not in COMPILED:
         continue
+      arithmetic, own = s.memory_bytes, ""
+      if s.name == "library" and (kept := self._scores(s)):
+        arithmetic, own = arithmetic + kept, f" ({units.size(s.memory_bytes)} with flash attention)"
+      line = f"  {s.name}: {units.size(arithmetic)} by arithmetic{own}"
       if (c := self.compiled.get(s.name)) is None:
-        yield f"  {s.name}: {units.size(s.memory_bytes)} by arithmetic; not compiled"
-        continue
-      yield (
-        f"  {s.name}: {units.size(s.memory_bytes)} by arithmetic, {units.size(c.total)} compiled for {c.backend} "
-        f"({units.size(c.arguments)} arguments, {units.size(c.temporaries)} besides), "
-        f"{c.total / s.memory_bytes:.2f} times"
-      )
-    if any(c.backend == "cpu" for c in self.compiled.values()):
-      yield "  for a CPU attention keeps every score and bf16 is copied to fp32: more than an accelerator takes"
+        yield f"{line}; not compiled"
+      elif c.refused:
+        yield f"{line}; refused by the compiler for {c.backend}: {c.refused}"
+      else:
+        yield (
+          f"{line}, {units.size(c.total)} compiled for {c.backend} ({units.size(c.arguments)} arguments), "
+          f"{c.total / arithmetic:.2f} times"
+        )
     if (m := self.job.measured) and m.compiled_ratio:
       yield f"  a step of the library on the chip itself: {m.compiled_ratio:.2f} times the arithmetic ({m.name})"
+
+  def _scores(self, library: Stage) -> int:
+    """What attention adds that keeps its scores: where the compiler is no GPU's."""
+    config = self.job.config
+    if self.job.chip.tpu or library.name in self.compiled:
+      rows = config.bld.batch_rows // library.mesh.data
+      jobs = self.job.groups[library.mesh.data].jobs
+      sizes = {"rows": rows, "tokens": config.data.seq_len}
+      return abstract.scores_bytes(self.job.layer, jobs, self.job.parent.config, **sizes)
+    return 0
 
 
 def make(job: Job, *, dollars_per_hour: float, compiled: bool) -> Forecast:
