@@ -175,15 +175,14 @@ def gkd_step(
   return Compiled.of(jitted.lower(state, batch, params), devices[0].device_kind)
 
 
-_INSIDE = {"q": -2, "k": -2, "v": -2, "o": -1, "gate": -2, "up": -2, "down": -1}  # heads and channels
+_CUT = {"embed": -2, "head": -2, "q": -2, "k": -2, "v": -2, "o": -1, "gate": -2, "up": -2, "down": -1}
 
 
 def _cut(mesh: Mesh, path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """Heads, channels and the vocabulary lie along `model`, then along `data` too."""
-  name = str(getattr(path[-1], "key", ""))
-  axis = _INSIDE.get(name, -2)
+  axis = _CUT.get(str(getattr(path[-1], "key", "")))
   axes: list[Any] = [None] * len(x.shape)
-  if len(x.shape) > 1:
+  if axis is not None:
     for names in (("model", "data"), ("data",), ("model",)):
       if x.shape[axis] % math.prod(mesh.shape[n] for n in names) == 0:
         axes[axis] = names

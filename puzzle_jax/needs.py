@@ -13,6 +13,7 @@ from puzzle_jax import bld, flops, memory
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.config import RunConfig
 from puzzle_jax.data.sampling import PARENT
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.scoring import blocks_to_score
 from puzzle_jax.space import LayerSpace, Space
 
@@ -93,7 +94,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "gkd": Need(
       # The parent forward; the child forward, again in the backward pass, and twice that backward.
       config.gkd.steps * gkd_batch * 5 * forward,
-      gkd_bytes(config, parent),
+      gkd_bytes(config, parent, MeshConfig()),
       params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
     ),
     "evaluation": Need(
@@ -124,15 +125,15 @@ def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int) 
   return rows * tokens * (widths + heads * tokens) * _FP32
 
 
-def gkd_bytes(config: RunConfig, parent: Architecture, *, shards: int = 1, data: int = 1) -> float:
-  """On each device in global distillation, with the weights cut into shards and the batch's rows over `data`."""
+def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> float:
+  """On each device in global distillation: weights cut over data and model, rows over data, heads over model."""
   gkd, seq_len = config.gkd, config.data.seq_len
-  params, rows = parent.num_params() * _FP32, math.ceil(gkd.batch_rows / data)
+  params, rows = parent.num_params() * _FP32, math.ceil(gkd.batch_rows / mesh.data)
   # Parent and child, each in two forms; gradients, AdamW's two, the update.
-  states = (8 + bool(gkd.ema) + bool(gkd.eval_steps)) * params / shards
+  states = (8 + bool(gkd.ema) + bool(gkd.eval_steps)) * params / (mesh.data * mesh.model)
   stream = rows * seq_len * parent.config.hidden_size * _FP32
-  heads = shards // data  # what is not along the rows divides the inside of a block
-  return states + stream * 4 * parent.num_layers + batch_bytes(parent.blocks[0], parent, rows, seq_len) / heads
+  inside = batch_bytes(parent.blocks[0], parent, rows, seq_len) / mesh.model
+  return states + stream * 4 * parent.num_layers + inside
 
 
 def _texts(config: RunConfig) -> int:

@@ -290,7 +290,7 @@ def gkd(job: Job, mesh: MeshConfig) -> Stage:
   summed = 4 * 2 * job.parent.num_layers * 2 * stream * (model - 1) / model
   moved = gathered / wire + summed / job.chip.wire_bytes_per_s(model)
   seconds = settings.steps * max(need.flops / max(settings.steps, 1) / n / rate.flops_per_s, moved)
-  bytes_ = gkd_bytes(job.config, job.parent, shards=n, data=mesh.data)
+  bytes_ = gkd_bytes(job.config, job.parent, mesh)
   note = "its attention keeps all scores: slower than the rate says"
   return Stage("gkd", mesh, need.flops, seconds, rate, bytes_, need.disk_bytes, bytes_ <= job.limit, note)
 
