@@ -278,7 +278,10 @@ def windows_table(job: Job, mesh: MeshConfig) -> list[Window]:
 
 
 def gkd(job: Job, mesh: MeshConfig) -> Stage:
-  """Global distillation, weights and states cut over all devices, rows over data, the inside of blocks over model."""
+  """Global distillation, weights and states cut over all devices, rows over data, the inside of blocks over model.
+
+  On paper and as `abstract.gkd_step` compiles it: `gkd.train` takes one device.
+  """
   settings, need = job.config.gkd, job.needs["gkd"]
   rate = rates.of_products(job.chip, job.measured, "bfloat16" if settings.dtype == "bfloat16" else "highest")
   n, model = mesh.devices, mesh.model
@@ -291,7 +294,7 @@ def gkd(job: Job, mesh: MeshConfig) -> Stage:
   moved = gathered / wire + summed / job.chip.wire_bytes_per_s(model)
   seconds = settings.steps * max(need.flops / max(settings.steps, 1) / n / rate.flops_per_s, moved)
   bytes_ = gkd_bytes(job.config, job.parent, mesh)
-  note = "its attention keeps all scores: slower than the rate says"
+  note = "on paper: the pipeline takes one device; attention that keeps its scores is slower than this"
   return Stage("gkd", mesh, need.flops, seconds, rate, bytes_, need.disk_bytes, bytes_ <= job.limit, note)
 
 
@@ -302,8 +305,9 @@ def best_gkd(job: Job) -> Stage:
     return best
   for devices in (2**i for i in range(job.devices.bit_length(), 14)):
     if _first_done(gkd(job, mesh) for mesh in _gkd_meshes(dataclasses.replace(job, devices=devices))).fits:
-      return dataclasses.replace(best, note=f"fits on {devices} devices")
-  return dataclasses.replace(best, note="fits on no number of devices: lower gkd.batch_rows or data.seq_len")
+      return dataclasses.replace(best, note=f"fits on {devices} devices; {best.note}")
+  no_number = "fits on no number of devices, lower gkd.batch_rows or data.seq_len"
+  return dataclasses.replace(best, note=f"{no_number}; {best.note}")
 
 
 def _gkd_meshes(job: Job) -> Iterator[MeshConfig]:
