@@ -169,8 +169,16 @@ def make(job: Job, *, dollars_per_hour: float, compiled: bool) -> Forecast:
   stages = schedule.stages(job)
   library = next(s for s in stages if s.name == "library")
   found = {s.name: _compiled(job, s) for s in stages if compiled and s.name in COMPILED}
+  stages = [dataclasses.replace(s, fits=s.fits and _fits(job, found.get(s.name))) for s in stages]
   price = dollars_per_hour or job.chip.dollars_per_hour
   return Forecast(job, stages, schedule.windows_table(job, library.mesh), found, price)
+
+
+def _fits(job: Job, compiled: Compiled | None) -> bool:
+  """Whether a program fits, as far as the chip's own compiler knows."""
+  if compiled is None or compiled.backend != job.chip.name:
+    return True
+  return not compiled.refused and compiled.total <= job.chip.memory_bytes
 
 
 def _compiled(job: Job, stage: Stage) -> Compiled:
