@@ -17,7 +17,7 @@ from absl import flags
 
 from puzzle_jax import chips, forecast, space
 from puzzle_jax.parents.known import architecture_of
-from puzzle_jax.schedule import Job
+from puzzle_jax.planned import Job
 
 from . import launch  # relative: in the wheel, `experiments` lies in `puzzle_jax` (setup.py)
 

@@ -7,7 +7,8 @@ from typing import Any
 from puzzle_jax import abstract, schedule, units
 from puzzle_jax.abstract import Compiled
 from puzzle_jax.mesh import MeshConfig
-from puzzle_jax.schedule import Job, Stage, Window
+from puzzle_jax.planned import Job, Stage
+from puzzle_jax.schedule import Window
 
 COMPILED = ("library", "gkd")  # the stages whose steps are programs of the largest size
 _LABELS = {
@@ -40,7 +41,7 @@ class Forecast:
     stages = []
     for stage in self.stages:
       compiled = self.compiled.get(stage.name)
-      hours = None if stage.seconds is None else stage.seconds * stage.mesh.devices / 3600
+      hours = stage.device_hours
       stages.append(
         dataclasses.asdict(stage)
         | {"devices": stage.mesh.devices, "device_hours": hours}
@@ -72,7 +73,7 @@ class Forecast:
     )
     for s in self.stages:
       mesh = f"{s.mesh.data} x {s.mesh.model} x {s.mesh.layer}"
-      hours = None if s.seconds is None else s.seconds * s.mesh.devices / 3600
+      hours = s.device_hours
       cost = "-" if hours is None else f"${hours * self.dollars_per_hour:,.0f}"
       yield (
         f"{s.name:<12} {mesh:<21} {f'{s.flops:.1e}' if s.flops else '-':>8} {units.duration(s.seconds):>12} "
@@ -80,7 +81,7 @@ class Forecast:
         f"{' ' if s.fits else '!'}{units.size(s.disk_bytes):>9}  {s.rate.basis if s.rate else '-'}"
       )
     known = [s for s in self.stages if s.seconds is not None]
-    hours = sum((s.seconds or 0.0) * s.mesh.devices / 3600 for s in known)
+    hours = sum(s.device_hours or 0.0 for s in known)
     yield (
       f"{'in all':<12} {'':<21} {sum(s.flops for s in known):>8.1e} "
       f"{units.duration(sum(s.seconds or 0.0 for s in known)):>12} {hours:>9,.1f} "

@@ -23,8 +23,8 @@ from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.needs import gkd_bytes, needs
 from puzzle_jax.parents.known import architecture_of
+from puzzle_jax.planned import Job
 from puzzle_jax.rolling import ActivationsConfig
-from puzzle_jax.schedule import Job
 
 CHIP = Chip(
   name="H100",
