@@ -107,7 +107,9 @@ def _library() -> RunConfig:
     compare,
     name="smollm2_135m.py:library",
     data=dataclasses.replace(compare.data, train_tokens=1_966_080, gkd_tokens=16_384),
-    bld=BLDConfig(steps=1_221, batch_rows=32, learning_rate=5e-4, warmup_steps=50, dtype="bfloat16"),
+    bld=BLDConfig(
+      fit_tokens=262_144, steps=1_221, batch_rows=32, learning_rate=5e-4, warmup_steps=50, dtype="bfloat16"
+    ),
     scores=dataclasses.replace(compare.scores, batch_rows=128),
   )
 

@@ -1,4 +1,4 @@
-"""The README's pictures, drawn from the records in a browser: python -m experiments.pictures
+"""The pictures of README and docs, drawn from the records in a browser: python -m experiments.pictures
 
 Needs playwright and Chromium (`pip install -e '.[dev]'`, and the system's package chromium).
 """
@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from puzzle_jax import search
 from puzzle_jax.records import open_record
-from puzzle_jax.report import children, plots
+from puzzle_jax.report import children, library, plots
 from puzzle_jax.search import baselines
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
@@ -23,7 +23,8 @@ _SPEEDS = tuple(1 + 0.05 * i for i in range(25))
 
 
 def pictures() -> dict[str, go.Figure]:
-  """By name: every block's score, the frontier with greedy's and uniform's children, the optimal child's strip."""
+  """By name: every block's score, the frontier with greedy's and uniform's children, the optimal child's strip; what
+  each variant of the library loses, by layer, and what its first weights and its training were worth."""
   record = open_record()
   table, summary = record.table, record.summary
   limits = search.Limits(min_speedup=_SPEEDUP)
@@ -33,6 +34,8 @@ def pictures() -> dict[str, go.Figure]:
     "heat_map": plots.heat_map(summary),
     "frontier": children.position(search.frontier(table, "min_speedup", _SPEEDS), baselines.compare(table, limits)),
     "strip": children.strip(own, child.blocks),
+    "library_losses": library.losses_by_layer(summary),
+    "library_worth": library.worth(summary),
   }
   return {name: figure for name, figure in figures.items() if figure is not None}
 

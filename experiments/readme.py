@@ -189,29 +189,30 @@ def faults() -> str:
 
 def bld() -> str:
   """One step that distils all variants of a layer, here and in PyTorch."""
-  sides = {"jax": "puzzle_jax", "jax_attention": "attention held against attention", "torch": "PyTorch peer"}
+  sides = {"jax": "here", "jax_attention": "here, attention against attention", "torch": "PyTorch peer"}
   shapes = {"llama_8b": ("Llama-3.1-8B", 32), "llama_70b": ("Llama-3.1-70B", 80), "smollm2": ("SmolLM2-135M", 30)}
   rows, notes = [], []
   for name, (label, layers) in shapes.items():
     record = _record(f"bld_{name}")
-    notes.append(f"{label}: {_run_by(record | {key: record['jax'][key] for key in ('hardware', 'versions')})}")
+    environment = f"XLA_FLAGS={record['xla_flags']} " if record["xla_flags"] else ""
+    where = {key: record["jax"][key] for key in ("hardware", "versions")}
+    notes.append(f"{label}: {_run_by(record | where | {'command': environment + record['command']})}")
     for side, title in sides.items():
-      found = record[side]
-      times = record["times_the_peer"].get(side)
-      hours = layers * 1e9 / found["tokens_per_s"] / 3600
-      rows.append(
-        [
-          label,
-          title,
-          f"{found['tokens_per_s']:,.0f}",
-          f"{times:.2f}×" if times else "",
-          f"{record['share_of_matmul_rate'][side]:.0%}",
-          f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else "",
-          f"{hours:,.0f}",
-        ]
-      )
-  header = ["a layer of", "", "tokens/s", "× the peer", "of the matmul rate, by need", "GiB at the peak"]
-  return "\n".join(notes) + "\n\n" + _table([*header, "hours for all layers at 1 B tokens"], rows)
+      found, times = record[side], record["times_the_peer"].get(side, 1)
+      peak = f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else ""
+      hours = f"{layers * 1e9 / found['tokens_per_s'] / 3600:,.0f}" if peak else ""
+      share = f"{record['share_of_matmul_rate'][side]:.0%}"
+      rows.append([label, title, f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", share, peak, hours])
+  header = [
+    "a layer of",
+    "",
+    "tokens/s",
+    "peer",
+    "of the matmul rate",
+    "GiB at the peak",
+    "hours, 1 B tokens, all layers",
+  ]
+  return "\n".join(notes) + "\n\n" + _table(header, rows)
 
 
 _WRITERS = (

@@ -52,6 +52,7 @@ class Builder:
     self._config = run.parent.architecture.config
     self._heldout_rows = run.packed("heldout")
     self._steps: dict[tuple[tuple[Job, ...], int], list[memory.Step]] = {}
+    self._trained_s = self._waited_s = 0.0
 
   def build(self) -> None:
     """Distils what is missing."""
@@ -92,7 +93,14 @@ class Builder:
           library.put_state(turn.layers[0], turn.index, distillation.state())
         else:
           self._put(turn, distillation)
+        self._trained_s += distillation.trained_s
+        self._waited_s += distillation.waited_s
         bar.update()
+    if self._trained_s:
+      share = self._waited_s / self._trained_s
+      run.progress.say(
+        f"library: {self._trained_s:.0f} s of training; the device waited {share:.1%} of them for batches"
+      )
 
   def _heldout(self, layers: Sequence[int]) -> Callable[[], Iterator[Batch]]:
     inputs = [activations.read(self._run.store("activations"), "heldout", layer) for layer in layers]

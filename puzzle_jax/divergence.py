@@ -17,7 +17,11 @@ import jax.numpy as jnp
 from puzzle_jax.model.subblocks import dot
 
 VOCABULARY_CHUNK = 8192
-TOKEN_CHUNK = 512
+
+
+def token_chunk() -> int:
+  """Tokens whose logits there are at a time."""
+  return 512 if jax.default_backend() == "cpu" else 2048
 
 
 @flax.struct.dataclass
@@ -98,7 +102,7 @@ def _chunk_kl_and_nll(
 def nll_and_greedy(hidden_TD: jax.Array, head_VD: jax.Array, targets_T: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Negative log likelihood of the targets (nats), and whether each is the likeliest token, [T], by chunks."""
   tokens = targets_T.shape[0]
-  chunk = min(TOKEN_CHUNK, tokens)
+  chunk = min(token_chunk(), tokens)
 
   def step(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden, targets = inputs
@@ -125,11 +129,13 @@ def kl_and_nll(child: tuple[Any, Any], parent: tuple[Any, Any], targets_T: Any) 
     targets_T: the next tokens.
   """
   tokens = targets_T.shape[0]
-  chunk = min(TOKEN_CHUNK, tokens)
+  chunk = min(token_chunk(), tokens)
+
+  heads = [head.astype(hidden.dtype) for hidden, head in (child, parent)]  # once, not a chunk
 
   def step(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden_q, hidden_p, targets = inputs
-    return _chunk_kl_and_nll((hidden_q, child[1]), (hidden_p, parent[1]), targets)
+    return _chunk_kl_and_nll((hidden_q, heads[0]), (hidden_p, heads[1]), targets)
 
   kl, nll = jax.lax.map(step, tuple(_split(x, chunk) for x in (child[0], parent[0], targets_T)))
   return kl.reshape(-1)[:tokens], nll.reshape(-1)[:tokens]

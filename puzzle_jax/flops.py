@@ -1,11 +1,12 @@
-"""The matrix-product FLOPs that blockwise local distillation needs, whoever computes it (paper section 3). No JAX.
+"""The matrix-product FLOPs that distillation needs, whoever computes it (paper sections 3 and 6). No JAX.
 
-Counted is what the method cannot do without: the forward pass of every trained variant, the gradients of its weights,
-and gradients of activations where a trained weight lies before them. The gradient of a layer's input is not needed,
-since the input is data: a trained FFN costs 14·D·F a token, not 18. Norms, softmax and the optimiser are not counted.
+Of blockwise local distillation is counted what the method cannot do without: the forward pass of every trained variant,
+the gradients of its weights, and gradients of activations where a trained weight lies before them. The gradient of a
+layer's input is not needed, since the input is data: a trained FFN costs 14·D·F a token, not 18. Norms, softmax and the
+optimiser are not counted.
 """
 
-from puzzle_jax.arch import ModelConfig, Subblock
+from puzzle_jax.arch import Architecture, ModelConfig, Subblock
 from puzzle_jax.space import LayerSpace
 
 
@@ -42,3 +43,16 @@ def decoupled_step(space: LayerSpace, config: ModelConfig, *, context: int = 0, 
     if variant.slot == "attention" and attention_target == "block":
       total += 2 * ffn.flops_per_token(config)
   return total
+
+
+def global_step(child: Architecture, parent: Architecture, *, context: int = 0) -> int:
+  """FLOPs a token of one step of global distillation: the child forward and back, the parent forward.
+
+  Recomputation is not counted.
+  """
+
+  def forward(model: Architecture) -> int:
+    head = 2 * model.config.vocab_size * model.config.hidden_size
+    return head + sum(block.flops_per_token(model.config, context=context) for block in model.blocks)
+
+  return 3 * forward(child) + forward(parent)

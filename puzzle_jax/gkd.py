@@ -28,6 +28,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
 from puzzle_jax.store import CorruptFileError, file_digests, read_json, write_json
+from puzzle_jax.windows import ATTENTION
 
 METRICS = ("loss", "kl", "cosine", "lm", "gradient_norm")
 
@@ -49,6 +50,8 @@ class GKDConfig:
       the last one is.
     checkpoint_steps: steps between checkpoints.
     dtype: of the matrix products; weights and losses are fp32.
+    attention: "exact" keeps the documents of a row apart, "fast" does not, as flash attention needs it; in both models.
+    remat: recompute the inside of each block in the backward pass: less memory for a third more work.
     seed: of the order of rows.
   """
 
@@ -65,11 +68,14 @@ class GKDConfig:
   eval_steps: int = 0
   checkpoint_steps: int = 50
   dtype: str = "float32"
+  attention: str = "exact"
+  remat: bool = True
   seed: int = 0
 
   def __post_init__(self) -> None:
-    if self.dtype not in ("float32", "bfloat16"):
-      raise PuzzleError(f"gkd.dtype={self.dtype!r} is not one of float32, bfloat16")
+    for name, known in (("dtype", ("float32", "bfloat16")), ("attention", ATTENTION)):
+      if getattr(self, name) not in known:
+        raise PuzzleError(f"gkd.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
       raise PuzzleError(f"gkd: steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed; got {self}")
     if not 0 <= self.ema < 1 or self.eval_steps < 0:
@@ -133,24 +139,25 @@ class State:
     return self.ema if config.ema else self.params
 
 
-def _forward(architecture: Architecture, params: Any, batch: data.PackedText, dtype: Any) -> decoder.Output:
+def _forward(architecture: Architecture, params: Any, batch: data.PackedText, config: GKDConfig) -> decoder.Output:
+  exact = config.attention == "exact"
   return decoder.apply(
     architecture,
     params,
     batch.tokens,
-    positions_BT=batch.positions,
-    segments_BT=batch.segment_ids,
-    dtype=dtype,
-    remat=True,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
+    positions_BT=batch.positions if exact else None,
+    segments_BT=batch.segment_ids if exact else None,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
   )
 
 
 def losses(
-  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.PackedText, *, dtype: Any = jnp.float32
+  child: tuple[Architecture, Any], parent: tuple[Architecture, Any], batch: data.PackedText, config: GKDConfig
 ) -> dict[str, jax.Array]:
   """Mean KL, LM loss (nats a token) and the summed cosine distance of the hidden states."""
-  out = _forward(*child, batch, dtype)
-  teacher = jax.lax.stop_gradient(_forward(*parent, batch, dtype))
+  out = _forward(*child, batch, config)
+  teacher = jax.lax.stop_gradient(_forward(*parent, batch, config))
   mask_T = data.target_mask(batch.segment_ids).reshape(-1)
   count = jnp.maximum(jnp.sum(mask_T), 1)
   targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
@@ -180,7 +187,7 @@ def train_step(
   """One AdamW step; its metrics go into the history."""
 
   def total(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    parts = losses((child, params), (parent, parent_params), batch, dtype=jnp.dtype(config.dtype))
+    parts = losses((child, params), (parent, parent_params), batch, config)
     loss = config.cosine_weight * parts["cosine"] + config.kl_weight * parts["kl"] + config.lm_weight * parts["lm"]
     return loss, parts
 
@@ -200,11 +207,17 @@ def train_step(
   )
 
 
-@functools.partial(jax.jit, static_argnames=("child", "parent", "dtype"))
+@functools.partial(jax.jit, static_argnames=("child", "parent", "config"))
 def _kl(
-  params: Any, batch: data.PackedText, parent_params: Any, *, child: Architecture, parent: Architecture, dtype: str
+  params: Any,
+  batch: data.PackedText,
+  parent_params: Any,
+  *,
+  child: Architecture,
+  parent: Architecture,
+  config: GKDConfig,
 ) -> jax.Array:
-  return losses((child, params), (parent, parent_params), batch, dtype=jnp.dtype(dtype))["kl"]
+  return losses((child, params), (parent, parent_params), batch, config)["kl"]
 
 
 def measured(
@@ -221,7 +234,7 @@ def measured(
   for start in range(0, heldout.num_rows, config.batch_rows):
     batch = heldout.rows(slice(start, start + config.batch_rows))
     count = int(np.sum(data.target_mask(batch.segment_ids)))
-    total += count * float(_kl(params, batch, parent_params, child=child, parent=parent, dtype=config.dtype))
+    total += count * float(_kl(params, batch, parent_params, child=child, parent=parent, config=config))
     tokens += count
   before = np.asarray(state.heldout_kl)
   is_best = total / tokens < np.min(before, where=~np.isnan(before), initial=np.inf)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import ModelConfig
@@ -48,8 +47,8 @@ def _add(sums: Sums, features_TE: jax.Array, target_TD: jax.Array, weight_T: jax
 class NormalEquations:
   """Streamed weighted least squares: min over W of Σ_t weight_t · ‖W·features_t − target_t‖².
 
-  Products are fp32 a batch, summed on the device in two fp32 numbers each, which together are as good as fp64: Gram
-  matrices of activations have condition numbers to 1e10.
+  Products are fp32 a batch, summed on the device in two fp32 numbers each, which together are as good as fp64, and
+  solved there in fp64: Gram matrices of activations have condition numbers to 1e10.
   """
 
   def __init__(self, num_features: int, num_targets: int):
@@ -60,32 +59,24 @@ class NormalEquations:
     """Adds tokens, fp32; weight 0 leaves a token out."""
     self._sums = _add(self._sums, features_TE, target_TD, weight_T)
 
-  def _sum(self, name: str) -> np.ndarray:
-    total, rest = jax.device_get(self._sums[name])
-    return np.asarray(total, np.float64) + rest
-
   @functools.cached_property
-  def _gram(self) -> np.ndarray:
-    return self._sum("gram")
-
-  @functools.cached_property
-  def _cross(self) -> np.ndarray:
-    return self._sum("cross")
-
-  @functools.cached_property
-  def _square(self) -> float:
-    return float(self._sum("square"))
+  def _totals(self) -> dict[str, jax.Array]:
+    """The sums in fp64."""
+    with jax.enable_x64(True):
+      return _to_fp64(self._sums)
 
   def loss(self, w_DE: np.ndarray) -> float:
     """Residual sum of squares of a solution, relative to the targets' own (1: as bad as a no-op)."""
-    residual = self._square - 2 * np.sum(w_DE.T * self._cross) + np.sum(w_DE * (w_DE @ self._gram))
-    return float(residual / self._square)
+    with jax.enable_x64(True):
+      return float(_loss(self._totals, jnp.asarray(w_DE, jnp.float64)))
 
   def solve(self, ridge: float) -> np.ndarray:
-    """W [D, E] with `ridge` times the mean diagonal added to the diagonal."""
-    size = len(self._gram)
-    damped = self._gram + ridge * np.trace(self._gram) / size * np.eye(size)
-    return scipy.linalg.solve(damped, self._cross, assume_a="pos").T
+    """W [D, E], fp64, with `ridge` times the mean diagonal added to the diagonal.
+
+    It is not finite where massive activations' rounding outweighs so small a ridge.
+    """
+    with jax.enable_x64(True):
+      return np.asarray(_solve(self._totals, ridge))
 
   def fit(self, heldout: "NormalEquations", *, start_DE: np.ndarray, ridges: Sequence[float] = RIDGES) -> np.ndarray:
     """The solution [D, E] of the ridge that does best on held-out tokens, or `start_DE` where that is better still.
@@ -93,20 +84,35 @@ class NormalEquations:
     The largest ridge comes first, and smaller ones until one does worse: solving is what takes the time. Features that
     are not finite leave `start_DE`.
     """
-    best, least = start_DE, heldout.loss(start_DE)
-    before = math.inf
-    for ridge in sorted(ridges, reverse=True) if np.isfinite(self._gram).all() else ():
-      try:
-        candidate = self.solve(ridge)
-      except np.linalg.LinAlgError:  # massive activations' rounding outweighs so small a ridge
-        break
+    best, least, before = start_DE, heldout.loss(start_DE), math.inf
+    for ridge in sorted(ridges, reverse=True):
+      candidate = self.solve(ridge)
       loss = heldout.loss(candidate)
       if loss < least:
         best, least = candidate, loss
-      if loss > before:
+      if not loss <= before:  # or not finite
         break
       before = loss
     return best.astype(np.float32)
+
+
+@jax.jit
+def _to_fp64(sums: Sums) -> dict[str, jax.Array]:
+  return {name: total.astype(jnp.float64) + rest for name, (total, rest) in sums.items()}
+
+
+@jax.jit
+def _loss(totals: dict[str, jax.Array], w_DE: jax.Array) -> jax.Array:
+  residual = totals["square"] - 2 * jnp.sum(w_DE.T * totals["cross"]) + jnp.sum(w_DE * (w_DE @ totals["gram"]))
+  return residual / totals["square"]
+
+
+@jax.jit
+def _solve(totals: dict[str, jax.Array], ridge: float) -> jax.Array:
+  gram = totals["gram"]
+  damping = ridge * jnp.trace(gram) / len(gram)
+  factor = jax.scipy.linalg.cho_factor(gram + damping * jnp.eye(len(gram)))
+  return jax.scipy.linalg.cho_solve(factor, totals["cross"]).T
 
 
 @functools.partial(jax.jit, static_argnames=("space", "config"))

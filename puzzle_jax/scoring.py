@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -146,6 +147,26 @@ class Scorer:
     for subblock in spec.subblocks:
       x_BTD = _residual(subblock, self._config, weights[subblock.slot], x_BTD, context)
     return x_BTD
+
+  def compile(self, blocks: Sequence[Block], x_RTD: Any) -> None:
+    """Compiles the programs of some blocks and of the parent's side by side, by running them on the first rows.
+
+    Args:
+      blocks: with their weights.
+      x_RTD: something that they can read.
+    """
+    rows, context = self._rows[0]
+    x = self._put(x_RTD[rows])
+    programs: dict[Any, Any] = {spec: functools.partial(_block, spec, self._config, w) for spec, w in self.parent}
+    for spec, weights in blocks:
+      programs |= {s: functools.partial(_residual, s, self._config, weights[s.slot]) for s in spec.subblocks}
+
+    def run(program: Any) -> None:
+      with jax.default_matmul_precision(self._precision):  # of this thread
+        jax.block_until_ready(program(x, context))
+
+    with ThreadPoolExecutor() as pool:
+      list(pool.map(run, programs.values()))
 
   def _measured(self, x_RTD: Any, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
     """By metric, [R, T], behind a chain of blocks."""

@@ -174,13 +174,20 @@ def make_scores(run: Run, store: StageStore) -> None:
     for (layer, file, found, missing), arrays in zip(todo, loaded, strict=True):
       inputs, variants = jax.device_put(arrays)
       layer_space, usable, saved = run.space.layers[layer], library.usable(layer), time.monotonic()
+      weights = {
+        block: scoring.block_weights(layer_space, block, params["layers"][layer], variants)
+        for block in missing
+        if all(s in layer_space.parent.subblocks or s.id in usable for s in block.subblocks)
+      }
+      if layer == todo[0][0]:
+        for kind, x in inputs.items():
+          scorers[kind].compile(list(weights.items()), x)
       with preemption.deferred() as preempted:
         for block in missing:
           score: dict[str, float] = {}
-          if all(s in layer_space.parent.subblocks or s.id in usable for s in block.subblocks):
-            weights = scoring.block_weights(layer_space, block, params["layers"][layer], variants)
+          if block in weights:
             for kind, x in inputs.items():
-              score |= scorers[kind].score(layer, block, weights, x)
+              score |= scorers[kind].score(layer, block, weights[block], x)
           if score and np.isfinite(list(score.values())).all():
             found["blocks"][block.name] = score
           else:

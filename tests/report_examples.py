@@ -46,7 +46,7 @@ def make_summary(*, layers: int = 30, composed: bool = False, seed: int = 0) -> 
         init = min(1.0, 6 * loss * rng.uniform(0.8, 1.4) + 0.1)
         trained = init if name.endswith("none") else init * rng.uniform(0.5, 0.8)
         losses = {"delta_init": init, "delta_trained": trained, "paper_init": init / 50, "paper_trained": trained / 50}
-        variants[name] = {"finite": True, "losses": losses, "curve": [init, (init + trained) / 2, trained]}
+        variants[name] = {"finite": True, "losses": losses}
     library.append(variants)
   kinds = [parent, parent, "gqa3/w768", "none/w1536", "linear/w768", "gqa1/linear", "gqa3/none"]
   child = [rng.choice(kinds) for _ in range(layers)]
@@ -109,6 +109,11 @@ def make_summary(*, layers: int = 30, composed: bool = False, seed: int = 0) -> 
     "metric": "kl",
     "scores": scores,
     "library": library,
+    "library_curves": {
+      name: {"step": [1, 2, 3], "loss": [losses["delta_init"], losses["delta_trained"], losses["delta_trained"]]}
+      for name, losses in ((name, report["losses"]) for name, report in library[0].items())
+      if not name.endswith("none")
+    },
     "costs": {
       "backend": "jax",
       "hardware": "2 cores of AMD EPYC",

@@ -51,3 +51,22 @@ def test_a_step_of_a_layer_by_hand():
   expected += 4 * d * d + 12 * d * 48  # linear attention, and the frozen FFN forward and back
   expected += 14 * d * 16
   assert flops.decoupled_step(space, CONFIG, context=8) == expected
+
+
+def test_a_global_step_is_its_gradient_s_program(matmul_flops):
+  child, parent = (
+    arch.Architecture(CONFIG, tuple(map(BlockSpec.parse, blocks)))
+    for blocks in (("gqa4/w48", "linear/w16", "none/linear"), ("gqa4/w48",) * 3)
+  )
+  params = {model: decoder.init(model, jax.random.key(0)) for model in (child, parent)}
+  tokens = jnp.zeros((1, 16), jnp.int32)
+
+  def loss(trained: dict[str, jax.Array]) -> jax.Array:
+    total = 0.0
+    for model, weights in ((child, trained), (parent, params[parent])):
+      out = decoder.apply(model, weights, tokens)
+      total += jnp.sum(decoder.logits(weights, out.hidden_BTD) ** 2)
+    return total
+
+  found = matmul_flops(jax.make_jaxpr(jax.grad(loss))(params[child]).jaxpr)
+  assert found == 16 * flops.global_step(child, parent, context=16)

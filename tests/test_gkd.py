@@ -24,7 +24,10 @@ from puzzle_jax.progress import Progress
 CONFIG = GKDConfig(steps=6, batch_rows=4, learning_rate=3e-3, warmup_steps=1, checkpoint_steps=2)
 
 Model = tuple[Architecture, Any]
-losses = jax.jit(lambda child, parent, batch, a, b: gkd.losses((a, child), (b, parent), batch), static_argnums=(3, 4))
+losses = jax.jit(
+  lambda child, parent, batch, a, b, config=CONFIG: gkd.losses((a, child), (b, parent), batch, config),
+  static_argnums=(3, 4, 5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +74,23 @@ def test_losses_are_the_definitions(child, parent, packed):
 
 def test_bf16_changes_the_losses_little(child, parent, packed):
   exact = losses(child[1], parent[1], packed, child[0], parent[0])
-  rough = jax.jit(lambda c, p, b: gkd.losses((child[0], c), (parent[0], p), b, dtype=jnp.bfloat16))(
-    child[1], parent[1], packed
-  )
+  rough = losses(child[1], parent[1], packed, child[0], parent[0], gkd.GKDConfig(dtype="bfloat16"))
   for name, value in exact.items():
     assert rough[name].dtype == jnp.float32
     assert rough[name] == pytest.approx(float(value), rel=0.02)
     assert rough[name] != value
+
+
+def test_fast_attention_is_that_of_rows_of_one_document(child, parent, packed):
+  tokens = packed.tokens
+  whole = packed._replace(
+    segment_ids=np.ones_like(tokens),
+    positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+  )
+  fast = gkd.GKDConfig(attention="fast")
+  found = [losses(child[1], parent[1], whole, child[0], parent[0], config) for config in (CONFIG, fast)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+  assert losses(child[1], parent[1], packed, child[0], parent[0], fast)["kl"] != pytest.approx(float(found[0]["kl"]))
 
 
 def test_an_identical_child_has_loss_0(parent, packed):
@@ -90,7 +103,7 @@ def test_an_identical_child_has_loss_0(parent, packed):
 
 def test_the_gradient_does_not_reach_the_parent(child, parent, packed):
   def total(params: Any) -> jax.Array:
-    return sum(gkd.losses((child[0], params["child"]), (parent[0], params["parent"]), packed).values())
+    return sum(losses(params["child"], params["parent"], packed, child[0], parent[0]).values())
 
   gradient = jax.device_get(jax.jit(jax.grad(total))({"child": child[1], "parent": parent[1]}))
   assert all(np.any(g != 0) for g in jax.tree.leaves(gradient["child"]))

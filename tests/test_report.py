@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import random
 import re
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from report_examples import Page, make_summary
 from puzzle_jax import scoring
 from puzzle_jax.arch import GQA, NoFFN, SwiGLU
 from puzzle_jax.report import certainty, closing, closing_table, plots, render
+from puzzle_jax.report.summary import training_curves
 from puzzle_jax.space import LayerSpace
 
 
@@ -203,6 +205,22 @@ def test_cost_against_score_has_every_block_and_the_chosen(summary: dict[str, An
   names = [re.match(r"layer (\d+), ([^<]*)", text) for text in picked.text]
   changed = [(str(i), b) for i, b in enumerate(summary["models"]["child"]["blocks"]) if b != "gqa3/w1536"]
   assert [m.groups() for m in names if m] == changed
+
+
+def test_training_curves_are_medians_over_layers_of_means_over_steps() -> None:
+  rng = random.Random(0)
+  layers = [{"ffn.w8": {"curve": [rng.random() for _ in range(1001)]}} for _ in range(3)]
+  layers[1]["ffn.w8"]["curve"] += [5.0, None]  # this layer went on, until it failed
+  found = training_curves([*layers, {"ffn.none": {"curve": []}}])
+  assert set(found) == {"ffn.w8"}
+  steps = found["ffn.w8"]["step"]
+  assert len(steps) == 200
+  assert steps[-1] == 1001
+  start, stop = steps[41:43]
+  means = [statistics.mean(layer["ffn.w8"]["curve"][start:stop]) for layer in layers]
+  assert found["ffn.w8"]["loss"][42] == pytest.approx(statistics.median(means))
+  short = training_curves([{"ffn.w8": {"curve": [3.0, 2.0]}}])["ffn.w8"]
+  assert short == {"step": [1, 2], "loss": [3.0, 2.0]}
 
 
 def test_other_figures_hold_the_summarys_numbers(summary: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ def test_equal_hidden_states_have_kl_0_exactly():
 def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
   """One head through `Reference`, by chunks of the vocabulary; two heads by chunks of tokens."""
   monkeypatch.setattr(divergence, "VOCABULARY_CHUNK", chunk)
-  monkeypatch.setattr(divergence, "TOKEN_CHUNK", 5)
+  monkeypatch.setattr(divergence, "token_chunk", lambda: 5)
   divergence.reference.clear_cache()
   rng = np.random.default_rng(0)
   normal: Callable[..., np.ndarray] = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731

@@ -178,9 +178,9 @@ def test_sums_of_many_batches_are_as_good_as_fp64():
   found = NormalEquations(1, 1)
   for value in [2.0**12, *[1.0] * 1000]:
     found.add(*(np.full(shape, value, np.float32) for shape in ((1, 1), (1, 1))), np.ones(1, np.float32))
-  assert found.solve(0.0) == 1.0
+  assert found.solve(0.0) == pytest.approx(1, rel=1e-12)
   assert found.loss(np.zeros((1, 1))) == 1.0
-  assert found._sum("gram") == found._sum("square") == 2**24 + 1000
+  assert [np.asarray(found._totals[name]).item() for name in ("gram", "square")] == [2**24 + 1000] * 2
 
 
 @pytest.mark.parametrize("tokens", [6, 20, 400])  # fewer than features: the fit is all ridge
@@ -201,8 +201,7 @@ def test_the_fit_stands_massive_activations():
   direction, w = rng.standard_normal(512), rng.standard_normal((4, 512))
   x = rng.standard_normal((1536, 512)) + 1e4 * rng.standard_normal((1536, 1)) * direction
   train, heldout = equations(x[:1024], x[:1024] @ w.T, batch=512), equations(x[1024:], x[1024:] @ w.T, batch=512)
-  with pytest.raises(np.linalg.LinAlgError):
-    train.solve(RIDGES[0])
+  assert not np.isfinite(train.solve(RIDGES[0])).all()
   assert heldout.loss(train.fit(heldout, start_DE=np.zeros((4, 512)))) < 1e-4
 
 

@@ -12,22 +12,17 @@ of them. Each side runs in a process of its own, one after the other. All are co
 
 import functools
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from experiments import RESULTS
+from experiments.benchmarks import sides
 from puzzle_jax import flops
 from puzzle_jax import space as space_lib
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.space import LayerSpace
-from puzzle_jax.store import write_json
 
 _SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["llama_8b", "llama_70b", "smollm2", "tiny"], "Of the block.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the matrix products.")
@@ -73,21 +68,6 @@ def random_weights(config: ModelConfig, space: LayerSpace) -> tuple[dict[str, An
   return parent, {s.id: draw(s) for s in space.variants if s.tensors(config)}
 
 
-def fastest(step: Callable[[], Any], wait: Callable[[], None]) -> float:
-  """Seconds of a step, after two that compile and warm up."""
-  for _ in range(2):
-    step()
-  wait()
-  times = []
-  for _ in range(_REPEATS.value):
-    begin = time.perf_counter()
-    for _ in range(_STEPS.value):
-      step()
-    wait()
-    times.append((time.perf_counter() - begin) / _STEPS.value)
-  return min(times)
-
-
 def run_jax(attention_target: str) -> dict[str, Any]:
   """This project's step, and the rate of a large matrix product."""
   import jax
@@ -95,7 +75,6 @@ def run_jax(attention_target: str) -> dict[str, Any]:
 
   from puzzle_jax import bld, memory
   from puzzle_jax.activations import Batch
-  from puzzle_jax.costs import jax_timing
   from puzzle_jax.model import decoder
 
   config, space, (rows, tokens) = layer_space(_SHAPES.value)
@@ -115,23 +94,14 @@ def run_jax(attention_target: str) -> dict[str, Any]:
     if not first:
       first.append(float(sum(loss[0] for loss in losses.values())))
 
-  seconds = fastest(step, lambda: jax.block_until_ready(state))
-  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-  size = 8192 if jax.default_backend() == "gpu" else 2048
-  a = jax.random.normal(jax.random.key(1), (size, size)).astype(_DTYPE.value)
-  product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest" if _DTYPE.value == "float32" else None))
-  out = [a]
-
-  def multiply() -> None:
-    out[0] = product(a)
-
-  matmul = 2 * size**3 / fastest(multiply, lambda: jax.block_until_ready(out))
-  versions = jax_timing.versions()
-  return {"first_loss": first[0], "seconds": seconds, "peak_bytes": peak, "matmul_flops_per_s": matmul} | {
+  seconds = sides.fastest(step, lambda: jax.block_until_ready(state), steps=_STEPS.value, repeats=_REPEATS.value)
+  return {
+    "first_loss": first[0],
+    "seconds": seconds,
+    **sides.of_device(),
+    "matmul_flops_per_s": sides.matmul_flops_per_s(_DTYPE.value, steps=_STEPS.value, repeats=_REPEATS.value),
     "compiled_bytes": run.compiled_bytes,
     "planned_bytes": memory.need(space.parent, jobs, config, settings, rows=rows, tokens=tokens).total,
-    "hardware": jax_timing.hardware(),
-    "versions": versions,
   }
 
 
@@ -214,7 +184,8 @@ def run_torch() -> dict[str, Any]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-  seconds = fastest(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+  seconds = sides.fastest(step, wait, steps=_STEPS.value, repeats=_REPEATS.value)
   memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
   return {
     "first_loss": first_loss[0],
@@ -231,61 +202,26 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """Of each side to the matrix products of this project's process and to the peer, as far as they were run.
-
-  Raises:
-    SystemExit: the sides do not compute the same.
-  """
-  result: dict[str, Any] = {}
-  if "jax" in sides:
-    rate = sides["jax"]["matmul_flops_per_s"]
-    result["share_of_matmul_rate"] = {name: side["flops_per_s"] / rate for name, side in sides.items()}
-  if "torch" in sides:
-    if "jax" in sides:
-      ours, theirs = (sides[side]["first_loss"] for side in ("jax", "torch"))
-      if abs(ours - theirs) > (1e-4 if _DTYPE.value == "float32" else 1e-2) * abs(theirs):
-        sys.exit(f"error: the sides do not compute the same: first losses {ours} and {theirs}")
-    peer = sides["torch"]["tokens_per_s"]
-    result["times_the_peer"] = {name: side["tokens_per_s"] / peer for name, side in sides.items() if name != "torch"}
-  return result
-
-
 def main(argv: list[str]) -> None:
   del argv
   if _SIDE.value:
     print(json.dumps(RUNS[_SIDE.value]()))
     return
-  passed = [f"--{f.name}={f.value}" for f in (_SHAPES, _DTYPE, _STEPS, _REPEATS)]
   config, space, (rows, tokens) = layer_space(_SHAPES.value)
-  sides: dict[str, dict[str, Any]] = {}
-  for side in _SIDES.value:
+
+  def needed(side: str) -> int:
     target = "attention" if side == "jax_attention" else "block"
-    needed = flops.decoupled_step(space, config, context=tokens // 2, attention_target=target)
-    command = [sys.executable, "-m", "experiments.benchmarks.bld", f"--side={side}", *passed]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-      sys.exit(f"error: {side}: {done.stderr[-2000:]}")
-    figures = json.loads(done.stdout.splitlines()[-1])
-    rate = rows * tokens / figures["seconds"]
-    sides[side] = figures | {
-      "tokens_per_s": rate,
-      "needed_flops_per_token": needed,
-      "flops_per_s": rate * needed,
-    }
-    print(side, sides[side], flush=True)
-    record = {
-      "command": f"python -m experiments.benchmarks.bld {' '.join(passed)}",
-      "date": time.strftime("%F"),
-      "xla_flags": os.environ.get("XLA_FLAGS", ""),
-      "shapes": _SHAPES.value,
-      "variants": [s.id for s in space.variants],
-      "tokens_per_step": rows * tokens,
-      **ratios(sides),
-      **sides,
-    }
-    write_json(RESULTS / f"bld_{_SHAPES.value}.json", record)
-  print(ratios(sides))
+    return flops.decoupled_step(space, config, context=tokens // 2, attention_target=target)
+
+  sides.compare(
+    "experiments.benchmarks.bld",
+    f"bld_{_SHAPES.value}",
+    flags=[f"--{f.name}={f.value}" for f in (_SHAPES, _DTYPE, _STEPS, _REPEATS)],
+    needed={side: needed(side) for side in _SIDES.value},
+    tokens=rows * tokens,
+    tolerance=1e-4 if _DTYPE.value == "float32" else 1e-2,
+    details={"shapes": _SHAPES.value, "variants": [s.id for s in space.variants]},
+  )
 
 
 if __name__ == "__main__":

@@ -88,20 +88,15 @@ def worth(summary: Summary) -> go.Figure | None:
 
 def curves(summary: Summary) -> go.Figure | None:
   """The training loss of each variant, step by step: the median over layers. None without curves."""
-  found: dict[str, list[list[float]]] = defaultdict(list)
-  for variants in summary.get("library") or []:
-    for name, report in variants.items():
-      if curve := [loss for loss in report.get("curve") or [] if loss is not None]:
-        found[name].append(curve)
+  found = summary.get("library_curves")
   if not found:
     return None
-  figure, medians = go.Figure(), {}
-  for name, layers in found.items():
-    medians[name] = [statistics.median(losses) for losses in zip(*layers, strict=False)]
+  figure = go.Figure()
   for slot in SLOTS:
-    for name, colour in _coloured(sorted(medians, key=lambda name: medians[name][-1]), slot):
-      hover = f"step %{{x}}, {name}<br>%{{y:.3g}}<extra></extra>"
-      steps = list(range(1, len(medians[name]) + 1))
-      figure.add_scatter(x=steps, y=medians[name], name=name, mode="lines", line_color=colour, hovertemplate=hover)
-  plots._style(figure, height=440, x="step", y="training loss", log_y=[x for y in medians.values() for x in y])
+    for name, colour in _coloured(sorted(found, key=lambda name: found[name]["loss"][-1]), slot):
+      hover, curve = f"step %{{x}}, {name}<br>%{{y:.3g}}<extra></extra>", found[name]
+      figure.add_scatter(
+        x=curve["step"], y=curve["loss"], name=name, mode="lines", line_color=colour, hovertemplate=hover
+      )
+  plots._style(figure, height=440, x="step", y="training loss", log_y=[x for c in found.values() for x in c["loss"]])
   return figure.update_layout(legend={"orientation": "v", "x": 1.01, "xanchor": "left", "y": 1, "yanchor": "top"})

@@ -3,8 +3,11 @@ there. Read are small files alone, and of the parent what its header says: no we
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from puzzle_jax import scoring
 from puzzle_jax.arch import Architecture, BlockSpec
@@ -13,6 +16,7 @@ from puzzle_jax.runs import Run
 from puzzle_jax.store import StageStore
 
 _QUALITY = ("perplexity", "kl", "kl_stderr", "loss_change", "loss_change_stderr")
+_CURVE_POINTS = 200  # of a training curve
 _FILES = {"child": ("gkd", "model"), "export": ("export", "hf")}
 
 
@@ -48,7 +52,11 @@ def summarise(run: Run) -> dict[str, Any]:
     summary["scores"] = run.scores
     summary["rank_correlation"] = scoring.rank_correlation(run.space, run.scores, metric=metric)
   if "library" in done:
-    summary["library"] = [run.library.report(i) for i in range(run.parent.architecture.num_layers)]
+    reports = [run.library.report(i) for i in range(run.parent.architecture.num_layers)]
+    summary["library"] = [
+      {name: {k: v for k, v in report.items() if k != "curve"} for name, report in layer.items()} for layer in reports
+    ]
+    summary["library_curves"] = training_curves(reports)
   if "costs" in done:
     summary["costs"] = run.costs.to_json()
   if "search" in done:
@@ -69,6 +77,26 @@ def summarise(run: Run) -> dict[str, Any]:
     "target": {"scenario": scenario, "batch": batch, "limits": limits},
     "models": _models(run, summary, evaluation, batch),
   }
+
+
+def training_curves(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+  """Of each variant's training: `step` and `loss`, the mean since the step before and of that the median over layers.
+
+  Args:
+    layers: `Library.report` of each.
+  """
+  found: dict[str, list[list[float]]] = defaultdict(list)
+  for name, report in (item for layer in layers for item in layer.items()):
+    if curve := [loss for loss in report["curve"] if loss is not None]:
+      found[name].append(curve)
+  result = {}
+  for name, curves in found.items():
+    steps = min(map(len, curves))
+    stops = np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1, dtype=int))[1:]
+    means = np.add.reduceat(np.array([curve[:steps] for curve in curves]), [0, *stops[:-1]], axis=1)
+    means /= np.diff(stops, prepend=0)
+    result[name] = {"step": stops.tolist(), "loss": np.median(means, axis=0).tolist()}
+  return result
 
 
 def _current(run: Run) -> list[StageStore]:
