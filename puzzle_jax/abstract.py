@@ -1,7 +1,7 @@
 """What the largest steps take on a device, by compiling them on shapes alone: no weights, and no such device.
 
 The compiler is that of the host's CPU, or a TPU's where the package libtpu is installed (extra `tpu`), which needs no
-TPU for it. Neither has the flash attention that a GPU's step has: attention keeps its scores (`scores_bytes`).
+TPU for it. Neither has the flash attention that a GPU's step has: attention keeps its scores (`kept_scores`).
 """
 
 import contextlib
@@ -142,14 +142,13 @@ def bld_step(
   return Compiled.of(jax.jit(step, donate_argnums=(1, 2)).lower(*arguments), devices[0].device_kind)
 
 
-def scores_bytes(space: LayerSpace, jobs: Sequence[Job], config: ModelConfig, *, rows: int, tokens: int) -> int:
-  """What attention that keeps its scores adds to a step: those of the parent, and of each variant four arrays.
+def kept_scores(space: LayerSpace, jobs: Sequence[Job], config: ModelConfig) -> int:
+  """How many arrays of attention's scores a step of blockwise distillation has where attention keeps them.
 
-  These are the scores and the probabilities, and the gradients of both.
+  Those of the parent, and of each variant four: scores and probabilities, and the gradients of both.
   """
   attends = [s for job in jobs for s in job.subblocks if s.slot == "attention" and s.kv_bytes_per_token(config)]
-  parent = bool(space.parent.kv_bytes_per_token(config))
-  return (parent + 4 * len(attends)) * rows * config.num_heads * tokens**2 * 4
+  return bool(space.parent.kv_bytes_per_token(config)) + 4 * len(attends)
 
 
 def gkd_step(

@@ -7,6 +7,7 @@ from typing import Any
 from puzzle_jax import abstract, schedule, units
 from puzzle_jax.abstract import Compiled
 from puzzle_jax.mesh import MeshConfig
+from puzzle_jax.needs import scores_bytes
 from puzzle_jax.planned import Job, Stage
 from puzzle_jax.schedule import Window
 
@@ -132,9 +133,9 @@ class Forecast:
     for s in self.stages:
       if s.name not in COMPILED:
         continue
-      arithmetic, own = s.memory_bytes, ""
-      if s.name == "library" and (kept := self._scores(s)):
-        arithmetic, own = arithmetic + kept, f" ({units.size(s.memory_bytes)} with flash attention)"
+      kept = self._scores(s)
+      arithmetic = s.memory_bytes + kept
+      own = f" ({units.size(s.memory_bytes)} with flash attention)" if kept else ""
       line = f"  {s.name}: {units.size(arithmetic)} by arithmetic{own}"
       if (c := self.compiled.get(s.name)) is None:
         yield f"{line}; not compiled"
@@ -148,15 +149,19 @@ class Forecast:
     if (m := self.job.measured) and m.compiled_ratio:
       yield f"  a step of the library on the chip itself: {m.compiled_ratio:.2f} times the arithmetic ({m.name})"
 
-  def _scores(self, library: Stage) -> int:
+  def _scores(self, stage: Stage) -> float:
     """What attention adds that keeps its scores: where the compiler is no GPU's."""
-    config = self.job.config
-    if self.job.chip.tpu or library.name in self.compiled:
-      rows = config.bld.batch_rows // library.mesh.data
-      jobs = self.job.groups[library.mesh.data].jobs
-      sizes = {"rows": rows, "tokens": config.data.seq_len}
-      return abstract.scores_bytes(self.job.layer, jobs, self.job.parent.config, **sizes)
-    return 0
+    config, layer, mesh = self.job.config, self.job.layer, stage.mesh
+    if not self.job.chip.tpu and stage.name not in self.compiled:
+      return 0
+    if stage.name == "library":
+      rows, arrays = (
+        config.bld.batch_rows // mesh.data,
+        float(abstract.kept_scores(layer, self.job.groups[mesh.data].jobs, self.job.parent.config)),
+      )
+    else:
+      rows, arrays = config.gkd.batch_rows // mesh.data, (config.gkd.attention == "fast") / mesh.model
+    return arrays * scores_bytes(layer.parent, self.job.parent, rows, config.data.seq_len)
 
 
 def make(job: Job, *, dollars_per_hour: float, compiled: bool) -> Forecast:

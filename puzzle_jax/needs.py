@@ -92,8 +92,8 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     ),
     "child": Need(0, head + layer, params),
     "gkd": Need(
-      # The parent forward; the child forward, again in the backward pass, and twice that backward.
-      config.gkd.steps * gkd_batch * 5 * forward,
+      # The parent forward; the child forward, perhaps again in the backward pass, and twice that backward.
+      config.gkd.steps * gkd_batch * (4 + config.gkd.remat) * forward,
       gkd_bytes(config, parent, MeshConfig()),
       params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
     ),
@@ -117,12 +117,17 @@ def rolling_bytes(config: RunConfig, parent: Architecture, *, window_tokens: int
   return window_tokens * _WIDTHS[config.activations.dtype] * parent.config.hidden_size * (layers + 1)
 
 
-def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int) -> int:
-  """Of what a block's matrix products put out for a batch, and of its attention's scores."""
-  model = parent.config
+def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int, *, attention: str = "exact") -> int:
+  """Of what a block's matrix products put out for a batch, and of its attention's scores, which "fast" does not keep."""
   widths = sum(shape[0] for s in block.subblocks for _, shape in _matrices(s, parent))
-  heads = model.num_heads * bool(block.kv_bytes_per_token(model))
-  return rows * tokens * (widths + heads * tokens) * _FP32
+  scores = 0 if attention == "fast" else scores_bytes(block, parent, rows, tokens)
+  return rows * tokens * widths * _FP32 + scores
+
+
+def scores_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int) -> int:
+  """Of attention's scores, all at once, in fp32."""
+  model = parent.config
+  return rows * model.num_heads * bool(block.kv_bytes_per_token(model)) * tokens**2 * _FP32
 
 
 def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> float:
@@ -132,8 +137,8 @@ def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> floa
   # Parent and child, each in two forms; gradients, AdamW's two, the update.
   states = (8 + bool(gkd.ema) + bool(gkd.eval_steps)) * params / (mesh.data * mesh.model)
   stream = rows * seq_len * parent.config.hidden_size * _FP32
-  inside = batch_bytes(parent.blocks[0], parent, rows, seq_len) / mesh.model
-  return states + stream * 4 * parent.num_layers + inside
+  inside = batch_bytes(parent.blocks[0], parent, rows, seq_len, attention=gkd.attention) / mesh.model
+  return states + stream * 4 * parent.num_layers + inside * (1 if gkd.remat else parent.num_layers)
 
 
 def _texts(config: RunConfig) -> int:

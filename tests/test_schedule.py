@@ -21,7 +21,7 @@ from puzzle_jax.config import DataConfig, RunConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.mesh import MeshConfig
-from puzzle_jax.needs import gkd_bytes, needs
+from puzzle_jax.needs import gkd_bytes, needs, scores_bytes
 from puzzle_jax.parents.known import architecture_of
 from puzzle_jax.planned import Job
 from puzzle_jax.rolling import ActivationsConfig
@@ -142,10 +142,13 @@ def test_global_distillation(job: Job) -> None:
   one = schedule.gkd(job, MeshConfig())
   assert one.memory_bytes == job.needs["gkd"].memory_bytes
   assert one.seconds == pytest.approx(job.needs["gkd"].flops / 1e6)
+  flash = dataclasses.replace(CONFIG, gkd=dataclasses.replace(CONFIG.gkd, attention="fast", remat=False))
   row = 16 * 32 * 4  # of the residual stream
   inside = 16 * 4 * (2 * 32 + 2 * 16 + 2 * 64 + 32 + 4 * 16)  # what the matrices put out, and the scores of four heads
   assert one.memory_bytes == 8 * params + 4 * (row * 4 * 4 + inside)
   assert schedule.gkd(job, MeshConfig(data=4, model=2)).memory_bytes == params + row * 4 * 4 + inside / 2
+  stored = 4 * (row * 4 * 4 + 4 * 16 * 4 * (2 * 32 + 2 * 16 + 2 * 64 + 32))  # no scores, the inside of every block
+  assert gkd_bytes(flash, job.parent, MeshConfig()) == 8 * params + stored
   # On other hosts weights come too slowly: parent, child twice, and gradients, of which three quarters are elsewhere.
   far = dataclasses.replace(job, chip=dataclasses.replace(CHIP, per_host=2, network_bytes_per_s=1e3))
   assert schedule.gkd(far, MeshConfig(data=4)).seconds == pytest.approx(8 * 4 * params * 3 / 4 / 1e3)
@@ -209,8 +212,9 @@ def test_a_compiled_step_against_the_arithmetic(job: Job) -> None:
   batch = 4 * 4 * 16 * (32 + 1 + 2 * 8)  # what is read, whether a token is real, rotary tables
   assert found.arguments == parent + weights + optimiser + batch + 8
   arithmetic = memory.need(job.layer.parent, jobs, model, CONFIG.bld, **sizes).total
-  kept = abstract.scores_bytes(job.layer, jobs, model, **sizes)
-  assert kept == 4 * 4 * 16 * 16 * 4  # linear attention has none: the parent's alone
+  assert abstract.kept_scores(job.layer, jobs, model) == 1  # linear attention has none: the parent's alone
+  kept = scores_bytes(job.layer.parent, job.parent, 4, 16)
+  assert kept == 4 * 4 * 16 * 16 * 4
   assert 0.6 < found.total / (arithmetic + kept) < 1.7
 
 
