@@ -58,9 +58,9 @@ CHIPS = {
   "a100": _gpu("A100", 80e9, 312e12, 156e12, 19.5e12, memory_rate=2.04e12, link=300e9, price=2.0),
   "h100": _gpu("H100", 80e9, 989.4e12, 494.7e12, 66.9e12, memory_rate=3.35e12, link=450e9, price=3.0),
   "h200": _gpu("H200", 141e9, 989.4e12, 494.7e12, 66.9e12, memory_rate=4.8e12, link=450e9, price=3.8),
-  "v5e": _tpu("TPU v5 lite", "v5e", 16e9, 197e12, memory_rate=0.82e12, link=180e9, per_host=4, price=1.2),
-  "v5p": _tpu("TPU v5", "v5", 95e9, 459e12, memory_rate=2.77e12, link=540e9, per_host=4, price=4.2),
-  "v6e": _tpu("TPU v6 lite", "v6e", 32e9, 918e12, memory_rate=1.64e12, link=360e9, per_host=4, price=2.7),
+  "v5e": _tpu("TPU v5 lite", "v5e", 16 * 2**30, 197e12, memory_rate=0.82e12, link=180e9, per_host=4, price=1.2),
+  "v5p": _tpu("TPU v5", "v5", 95 * 2**30, 459e12, memory_rate=2.77e12, link=540e9, per_host=4, price=4.2),
+  "v6e": _tpu("TPU v6 lite", "v6e", 32 * 2**30, 918e12, memory_rate=1.64e12, link=360e9, per_host=4, price=2.7),
 }
 
 

@@ -155,12 +155,11 @@ class Forecast:
     if not self.job.chip.tpu and stage.name not in self.compiled:
       return 0
     if stage.name == "library":
-      rows, arrays = (
-        config.bld.batch_rows // mesh.data,
-        float(abstract.kept_scores(layer, self.job.groups[mesh.data].jobs, self.job.parent.config)),
-      )
-    else:
-      rows, arrays = config.gkd.batch_rows // mesh.data, (config.gkd.attention == "fast") / mesh.model
+      rows = config.bld.batch_rows // mesh.data
+      arrays: float = abstract.kept_scores(layer, self.job.groups[mesh.data].jobs, self.job.parent.config)
+    else:  # "exact" attention keeps them anywhere, and the arithmetic has them
+      rows = config.gkd.batch_rows // mesh.data
+      arrays = (config.gkd.attention == "fast") / mesh.model
     return arrays * scores_bytes(layer.parent, self.job.parent, rows, config.data.seq_len)
 
 

@@ -118,7 +118,7 @@ def rolling_bytes(config: RunConfig, parent: Architecture, *, window_tokens: int
 
 
 def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int, *, attention: str = "exact") -> int:
-  """Of what a block's matrix products put out for a batch, and of its attention's scores, which "fast" does not keep."""
+  """Of what a block's matrix products put out for a batch, and of attention's scores, which "fast" does not keep."""
   widths = sum(shape[0] for s in block.subblocks for _, shape in _matrices(s, parent))
   scores = 0 if attention == "fast" else scores_bytes(block, parent, rows, tokens)
   return rows * tokens * widths * _FP32 + scores

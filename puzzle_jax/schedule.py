@@ -36,7 +36,7 @@ def _first_done(candidates: Iterable[Stage]) -> Stage:
   fitting = [s for s in found if s.fits]
   if not fitting:
     return min(found, key=lambda s: (s.memory_bytes, s.mesh.devices))
-  return min(fitting, key=lambda s: (s.seconds or 0.0, s.mesh.devices, s.disk_bytes))
+  return min(fitting, key=lambda s: (s.seconds or 0.0, s.mesh.devices, s.disk_bytes, s.memory_bytes))
 
 
 def window_of(job: Job, windows: int) -> int:
