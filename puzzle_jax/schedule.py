@@ -149,7 +149,7 @@ def windows_table(job: Job, mesh: MeshConfig) -> list[Window]:
 def gkd(job: Job, mesh: MeshConfig) -> Stage:
   """Global distillation, weights and states cut over all devices, rows over data, the inside of blocks over model.
 
-  On paper and as `abstract.gkd_step` compiles it: `gkd.train` takes one device.
+  As `abstract.gkd_step` compiles it.
   """
   settings, need = job.config.gkd, job.needs["gkd"]
   rate = rates.of_products(job.chip, job.measured, "bfloat16" if settings.dtype == "bfloat16" else "highest")
@@ -163,8 +163,7 @@ def gkd(job: Job, mesh: MeshConfig) -> Stage:
   moved = gathered / wire + summed / job.chip.wire_bytes_per_s(model)
   seconds = settings.steps * max(need.flops / max(settings.steps, 1) / n / rate.flops_per_s, moved)
   bytes_ = gkd_bytes(job.config, job.parent, mesh)
-  note = "on paper: the pipeline takes one device"
-  return Stage("gkd", mesh, need.flops, seconds, rate, bytes_, need.disk_bytes, bytes_ <= job.limit, note)
+  return Stage("gkd", mesh, need.flops, seconds, rate, bytes_, need.disk_bytes, bytes_ <= job.limit)
 
 
 def best_gkd(job: Job) -> Stage:
@@ -174,9 +173,8 @@ def best_gkd(job: Job) -> Stage:
     return best
   for devices in (2**i for i in range(job.devices.bit_length(), 14)):
     if _first_done(gkd(job, mesh) for mesh in _gkd_meshes(dataclasses.replace(job, devices=devices))).fits:
-      return dataclasses.replace(best, note=f"fits on {devices} devices; {best.note}")
-  no_number = "fits on no number of devices, lower gkd.batch_rows or data.seq_len"
-  return dataclasses.replace(best, note=f"{no_number}; {best.note}")
+      return dataclasses.replace(best, note=f"fits on {devices} devices")
+  return dataclasses.replace(best, note="fits on no number of devices: lower gkd.batch_rows or data.seq_len")
 
 
 def _gkd_meshes(job: Job) -> Iterator[MeshConfig]:
