@@ -57,7 +57,7 @@ def run(
     space=space,
     bld=BLDConfig(steps=bld_steps, batch_rows=_ROWS, learning_rate=1e-4, warmup_steps=500, dtype="bfloat16"),
     scores=ScoresConfig(batch_rows=_ROWS, precision="tensorfloat32"),
-    costs=CostsConfig(input_tokens=2048, output_tokens=2048, batches=(1, 8), timing=TimingConfig(layers=4)),
+    costs=CostsConfig(input_tokens=2048, output_tokens=2048, batches=(1, 4), timing=TimingConfig(layers=4)),
     search=SearchConfig(limits=Limits(min_speedup=min_speedup), frontier=(1.25, 1.5, 2.0, 2.5)),
     gkd=GKDConfig(
       steps=gkd_steps,
