@@ -64,6 +64,7 @@ setup(
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "export": ["torch>=2.11,<2.14", "transformers>=5.17,<5.24"],
     "lm_eval": ["lm_eval>=0.4.13,<0.5"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
     "wandb": ["wandb>=0.24,<1"],
     "dev": [
       "hypothesis>=6.100,<7",
@@ -75,6 +76,7 @@ setup(
       "playwright>=1.50,<2",
       "pytest>=9,<10",
       "pytest-xdist>=3.6,<4",
+      "pyyaml>=6,<7",
       "ruff>=0.17,<0.18",
       "setuptools>=77",
       "torch==2.13.0",

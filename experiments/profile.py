@@ -30,7 +30,7 @@ from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import Parent, open_parent, shapes
+from puzzle_jax.parents import Parent, known, open_parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import engines, llamacpp_timing, vllm_timing
 from puzzle_jax.serving.gguf_export import TYPES
@@ -52,9 +52,6 @@ _NAMES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # in the table of capabiliti
 _CONFIG = launch.define_config()
 flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _ENGINE = flags.DEFINE_enum("engine", None, list(_NAMES), "What will run the child.", required=True)
-_SHAPES = flags.DEFINE_string(
-  "shapes", "", f"For vLLM, instead of the config's parent: a config.json, or one of {', '.join(shapes.KNOWN)}."
-)
 _OUT = flags.DEFINE_string("out", None, "The cost table, JSON.", required=True)
 _SCENARIOS = flags.DEFINE_list(
   "scenarios", [], f"Tokens in and out, such as 128/1024, or of {', '.join(PAPER)}; the config's if empty."
@@ -167,7 +164,7 @@ def main(argv: list[str]) -> None:
   named = dataclasses.asdict(config.space) | {"engine": _NAMES[_ENGINE.value]}
   scenarios = list({s.name: s for s in map(parse_scenario, _SCENARIOS.value)}.values()) or [config.costs.scenario]
   if _ENGINE.value == "vllm":
-    architecture = shapes.read_shapes(_SHAPES.value) if _SHAPES.value else open_parent(config.parent).architecture
+    architecture = known.architecture_of(config.parent)
     table = _in_vllm(architecture, space.build(architecture, **named), scenarios, config)
   else:
     parent = open_parent(config.parent)

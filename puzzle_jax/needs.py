@@ -1,7 +1,8 @@
-"""What each stage of a run needs, by arithmetic: FLOPs of its matrix products, bytes on the device and on disk.
+"""What each stage of a run needs, by arithmetic: FLOPs of its matrix products, bytes on each device and on disk.
 
-Nothing is measured here. The device's bytes are weights, optimiser states and stored rows in fp32, with a batch's
-largest arrays; what a compiled program needs besides comes on top. The child is counted as large as the parent.
+Nothing is measured here. A device's bytes are weights, optimiser states and stored rows in fp32, with a batch's
+largest arrays, as the config's mesh divides them; what a compiled program needs besides comes on top. The child is
+counted as large as the parent.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ from puzzle_jax import bld, flops, memory
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.config import RunConfig
 from puzzle_jax.data.sampling import PARENT
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.scoring import blocks_to_score
 from puzzle_jax.space import LayerSpace, Space
 
 _FP32 = 4
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float8": 1}
+STATE_COPIES = 5  # of every variant between windows: weights, first and best ones, AdamW's two moments
 _TOKEN_BYTES = 12  # token, segment and position of a packed row
 _TEXT_BYTES = 12  # of a written token as text, in the parts and in the dataset
 
@@ -27,7 +30,7 @@ class Need:
 
   Attributes:
     flops: of matrix products.
-    memory_bytes: at once on the device.
+    memory_bytes: at once on each device.
     disk_bytes: at once in its folder, checkpoints included.
   """
 
@@ -38,7 +41,7 @@ class Need:
 
 def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str, Need]:
   """By stage; a stage that is not there needs next to nothing."""
-  data, model = config.data, parent.config
+  data, model, mesh = config.data, parent.config, config.mesh
   context = data.seq_len // 2
   window = min(data.train_tokens, config.activations.window_tokens or data.train_tokens)
   params = parent.num_params() * _FP32
@@ -48,18 +51,16 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
   forward = parent.flops_per_token(context=context)
   layers = [b.flops_per_token(model, context=context) for b in parent.blocks]
   row = model.hidden_size * data.seq_len * _FP32
-
-  def batch(rows: int, *specs: Subblock) -> float:
-    """Bytes of what the matrix products of some subblocks put out for a batch, and of the attention's scores."""
-    widths = sum(shape[0] for s in specs for _, shape in _matrices(s, parent))
-    heads = sum(model.num_heads for s in specs if s.slot == "attention" and s.kv_bytes_per_token(model))
-    return rows * data.seq_len * (widths + heads * data.seq_len) * _FP32
+  block = parent.blocks[0]
 
   stored = data.heldout_tokens * _FP32 * model.hidden_size * (parent.num_layers + 1)
-  rolling = window * _WIDTHS[config.activations.dtype] * model.hidden_size * (config.bld.layers + 1)
+  rolling = rolling_bytes(config, parent, window_tokens=window, layers=config.bld.layers)
+  windows = math.ceil(data.train_tokens / window)
+  side_by_side = dataclasses.replace(config.bld, layers=math.ceil(config.bld.layers / mesh.layer))
+  bld_rows = math.ceil(config.bld.batch_rows / mesh.data)
   trained = max(
-    memory.need(x.parent, bld.decoupled(x), model, config.bld, rows=config.bld.batch_rows, tokens=data.seq_len).total
-    for x in space.layers
+    memory.need(x.parent, bld.decoupled(x), model, side_by_side, rows=bld_rows, tokens=data.seq_len).total
+    for x in set(space.layers)
   )
   gkd_batch = config.gkd.batch_rows * data.seq_len
   evaluation = config.evaluation
@@ -68,16 +69,17 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "costs": Need() if config.costs.table else _costs(config, parent, space),
     "activations": Need(
       data.heldout_tokens * sum(layers),
-      layer + batch(config.activations.batch_rows, *parent.blocks[0].subblocks),
+      layer + batch_bytes(block, parent, math.ceil(config.activations.batch_rows / mesh.data), data.seq_len),
       stored,
     ),
     "library": Need(
       data.train_tokens * sum(layers) + sum(_distillation(config, parent, x) for x in space.layers),
-      trained + rolling * (config.activations.tier != "disk"),
-      sum(variants) + rolling * (config.activations.tier == "disk"),
+      trained + rolling * (config.activations.tier != "disk") / mesh.data,
+      sum(variants) * (1 + STATE_COPIES * (windows > 1)) + rolling * (config.activations.tier == "disk"),
     ),
     "scores": Need(
-      _scores(config, parent, space), params + max(variants) + 2 * data.heldout_tokens / data.seq_len * row
+      _scores(config, parent, space),
+      params + max(variants) + 2 * data.heldout_tokens / data.seq_len * row / mesh.devices,
     ),
     "search": Need(
       config.search.refine_rounds * _scores(config, parent, space),
@@ -90,12 +92,9 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     ),
     "child": Need(0, head + layer, params),
     "gkd": Need(
-      # The parent forward; the child forward, again in the backward pass, and twice that backward.
-      config.gkd.steps * gkd_batch * 5 * forward,
-      (8 + bool(config.gkd.ema) + bool(config.gkd.eval_steps))
-      * params  # parent and child, each in two forms; gradients, AdamW's two, the update
-      + config.gkd.batch_rows * row * 4 * parent.num_layers
-      + batch(config.gkd.batch_rows, *parent.blocks[0].subblocks),
+      # The parent forward; the child forward, perhaps again in the backward pass, and twice that backward.
+      config.gkd.steps * gkd_batch * (4 + config.gkd.remat) * forward,
+      gkd_bytes(config, parent, MeshConfig()),
       params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
     ),
     "evaluation": Need(
@@ -104,13 +103,42 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
       4 * params
       + max(
-        batch(evaluation.batch_rows, *parent.blocks[0].subblocks),
+        batch_bytes(block, parent, evaluation.batch_rows, data.seq_len),
         max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row
       ),
     ),
     "export": Need(0, 0, params * _WIDTHS[config.export.dtype] / _FP32),
     "report": Need(disk_bytes=6e6),
   }
+
+
+def rolling_bytes(config: RunConfig, parent: Architecture, *, window_tokens: int, layers: int) -> int:
+  """Of the training activations of a window: what layers side by side read, and what the next one does."""
+  return window_tokens * _WIDTHS[config.activations.dtype] * parent.config.hidden_size * (layers + 1)
+
+
+def batch_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int, *, attention: str = "exact") -> int:
+  """Of what a block's matrix products put out for a batch, and of attention's scores, which "fast" does not keep."""
+  widths = sum(shape[0] for s in block.subblocks for _, shape in _matrices(s, parent))
+  scores = 0 if attention == "fast" else scores_bytes(block, parent, rows, tokens)
+  return rows * tokens * widths * _FP32 + scores
+
+
+def scores_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int) -> int:
+  """Of attention's scores, all at once, in fp32."""
+  model = parent.config
+  return rows * model.num_heads * bool(block.kv_bytes_per_token(model)) * tokens**2 * _FP32
+
+
+def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> float:
+  """On each device in global distillation: weights cut over data and model, rows over data, heads over model."""
+  gkd, seq_len = config.gkd, config.data.seq_len
+  params, rows = parent.num_params() * _FP32, math.ceil(gkd.batch_rows / mesh.data)
+  # Parent and child, each in two forms; gradients, AdamW's two, the update.
+  states = (8 + bool(gkd.ema) + bool(gkd.eval_steps)) * params / (mesh.data * mesh.model)
+  stream = rows * seq_len * parent.config.hidden_size * _FP32
+  inside = batch_bytes(parent.blocks[0], parent, rows, seq_len, attention=gkd.attention) / mesh.model
+  return states + stream * 4 * parent.num_layers + inside * (1 if gkd.remat else parent.num_layers)
 
 
 def _texts(config: RunConfig) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax import pipeline, preflight
+from puzzle_jax import pipeline, preflight, units
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.needs import Need, needs
@@ -70,41 +70,24 @@ class Plan:
       if not stage.todo:
         store = self.run.store(stage.name)
         done = "done; made again if a new child needs what was cleaned" if store.cleaned else "done"
-        yield f"{stage.name:<12} {_bytes(store.size):>10} {'':>10} {'':>10}      {done}"
+        yield f"{stage.name:<12} {units.size(store.size):>10} {'':>10} {'':>10}      {done}"
         continue
       letter = f"({'abcdefgh'[sources.index(stage.source)]})" if stage.source else ""
-      cells = (_bytes(stage.need.disk_bytes), _bytes(stage.need.memory_bytes), _time(stage.seconds))
+      cells = (units.size(stage.need.disk_bytes), units.size(stage.need.memory_bytes), units.duration(stage.seconds))
       yield f"{stage.name:<12} {cells[0]:>10} {cells[1]:>10} {cells[2]:>10} {letter:<4} {stage.todo}"
     if todo:
       disk = sum(s.need.disk_bytes for s in todo)
       peak = max(s.need.memory_bytes for s in todo)
+      time_ = units.duration(sum(s.seconds or 0 for s in todo))
       yield (
-        f"{'at most':<12} {_bytes(disk):>10} {_bytes(peak):>10} {_time(sum(s.seconds or 0 for s in todo)):>10}      "
+        f"{'at most':<12} {units.size(disk):>10} {units.size(peak):>10} {time_:>10}      "
         f"{len(todo)} of {len(self.stages)} stages"
       )
-      yield f"{'there are':<12} {_bytes(_free(root)):>10} {_bytes(preflight.memory_bytes()):>10}"
+      yield f"{'there are':<12} {units.size(_free(root)):>10} {units.size(preflight.memory_bytes()):>10}"
       yield ""
       for i, source in enumerate(sources):
         yield f"({'abcdefgh'[i]}) {source}"
       yield "memory: weights, optimiser states, stored rows on the device, by arithmetic; compiled programs add to it"
-
-
-def _bytes(value: float) -> str:
-  """`1.2 GiB`; nothing for less than a tenth of a MiB."""
-  for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-    if value >= size or (unit == "MiB" and value > size / 10):
-      return f"{value / size:.1f} {unit}"
-  return "-"
-
-
-def _time(seconds: float | None) -> str:
-  """`2 h 05 min`, `3 min`, `12 s`."""
-  if seconds is None:
-    return "-"
-  if seconds < 100:
-    return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
-  minutes = round(seconds / 60)
-  return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _free(root: Path) -> int:

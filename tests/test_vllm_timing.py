@@ -12,7 +12,6 @@ from puzzle_jax import space
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import open_parent, shapes
 from puzzle_jax.serving import engines, vllm_process, vllm_timing
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
@@ -187,16 +186,3 @@ def test_settings():
   found = ENGINE.settings(Path("model"), max_length=100, batches=(3, 600), dummy=True)
   assert found["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 600]
   assert found["model"] == os.path.abspath("model")
-
-
-def test_known_shapes(tmp_path):
-  assert shapes.read_shapes("smollm2-135m") == open_parent("smollm2-135m").architecture
-  assert round(shapes.read_shapes("llama-3.1-8b").num_params() / 1e9, 2) == 8.03
-  assert round(shapes.read_shapes("llama-3.1-70b").num_params() / 1e9, 2) == 70.55
-  with pytest.raises(PuzzleError, match=r"llama-4 is neither a config.json nor one of smollm2-135m, llama-3.1-8b"):
-    shapes.read_shapes("llama-4")
-  (tmp_path / "config.json").write_text(json.dumps(shapes.KNOWN["llama-3.1-8b"]))
-  assert shapes.read_shapes(str(tmp_path / "config.json")) == shapes.read_shapes("llama-3.1-8b")
-  (tmp_path / "config.json").write_text("[")
-  with pytest.raises(PuzzleError, match="is not JSON"):
-    shapes.read_shapes(str(tmp_path / "config.json"))
