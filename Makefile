@@ -10,7 +10,7 @@ quickstart: .venv/run
 	$(BIN)/python -m experiments.run --config=configs/smollm2_135m.py:quickstart --workdir=$(WORKDIR)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

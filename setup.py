@@ -75,7 +75,7 @@ setup(
       "nbformat>=5.10,<6",
       "playwright>=1.50,<2",
       "pytest>=9,<10",
-      "pytest-xdist>=3.6,<4",
+      "pytest-xdist>=3.7,<4",
       "pyyaml>=6,<7",
       "ruff>=0.17,<0.18",
       "setuptools>=77",
