@@ -85,7 +85,7 @@ def evaluate(run: Run, children: Children, solution: Solution) -> dict[str, Any]
 
 def compare(run: Run, store: StageStore, methods: list[str]) -> dict[str, Any]:
   """By method; what `store` has is not done again."""
-  children, limits = Children(run), run.config.search.limits
+  children, limits = Children(run), run.config.search.searched
   parent = search.solution(search.programs(run.table, Limits())[0], run.table.parent)
   for name in methods:
     if f"{name}.json" in store:

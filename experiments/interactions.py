@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
   del argv
   try:
     run = puzzle_jax.open_run(_WORKDIR.value)
-    found = study(Children(run), run.config.search.limits, draws=_CHILDREN.value, fastest=_FASTEST.value)
+    found = study(Children(run), run.config.search.searched, draws=_CHILDREN.value, fastest=_FASTEST.value)
   except puzzle_jax.PuzzleError as e:
     sys.exit(f"error: {e}")
   for name, figures in found["summary"].items():

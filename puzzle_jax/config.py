@@ -33,7 +33,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     raise PuzzleError(f"{name}={value!r} is not one of {', '.join(known)}")
 
 
-def _at_least(least: int, section: str, **values: int) -> None:
+def _at_least(least: int, section: str, **values: float) -> None:
   for name, value in values.items():
     if value < least:
       raise PuzzleError(f"{section}.{name}={value} must be at least {least}")
@@ -160,20 +160,27 @@ class SearchConfig:
 
   Attributes:
     limits: see `search.Limits`.
+    margin: share by which the search betters the limits on time, since costs are measured no more exactly than that.
     frontier: values of `limits.min_speedup` to solve for besides the target.
     engine: of `serving.engines.ENGINES`: choose only what it runs; empty: anything.
     refine_rounds: of scoring blocks in the search's child and searching again (`refine`).
   """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
+  margin: float = 0.0
   frontier: tuple[float, ...] = ()
   engine: str = ""
   refine_rounds: int = 0
 
   def __post_init__(self) -> None:
-    _at_least(0, "search", refine_rounds=self.refine_rounds)
+    _at_least(0, "search", margin=self.margin, refine_rounds=self.refine_rounds)
     if self.engine:
       by_name(self.engine)
+
+  @property
+  def searched(self) -> Limits:
+    """The limits that the search is given: those on time with the margin."""
+    return self.limits.tightened(self.margin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,7 +132,7 @@ def check_target(run: Run) -> None:
   """Refuses a target that no child of the space can meet, before anything is distilled: the search without scores."""
   free = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in run.space.layers]
   blocks = costs_lib.block_table(run.parent.architecture, run.space, free, run.costs)
-  search_lib.solve(_choices(run, Table.from_json(blocks)), run.config.search.limits)
+  search_lib.solve(_choices(run, Table.from_json(blocks)), run.config.search.searched)
 
 
 def make_activations(run: Run, store: StageStore) -> None:
@@ -229,9 +229,9 @@ def make_search(run: Run, store: StageStore) -> None:
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
   with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
-    (solution,) = search_lib.solve(tables, config.limits)
+    (solution,) = search_lib.solve(tables, config.searched)
     points = []
-    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.limits):
+    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched):
       if point.solution is not None:
         figures = {k: v for k, v in point.solution.to_json().items() if k != "timing"}
         points.append({"min_speedup": point.value} | figures)
@@ -241,7 +241,7 @@ def make_search(run: Run, store: StageStore) -> None:
     if config.refine_rounds:
       children = refine.Children(run)
       for found in refine.refine(
-        children, config.limits, rounds=config.refine_rounds, metric=metric, restrict=lambda t: _choices(run, t)
+        children, config.searched, rounds=config.refine_rounds, metric=metric, restrict=lambda t: _choices(run, t)
       ):
         rounds.append(found)
         bar.set_postfix_str(f"{metric} {found.score:.4f}", refresh=False)

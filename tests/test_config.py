@@ -1,11 +1,13 @@
 """The configuration says at once which value is wrong, by its full name."""
 
+import dataclasses
 import re
 
 import pytest
 
-from puzzle_jax.config import DTYPES, RunConfig, SpaceConfig
+from puzzle_jax.config import DTYPES, RunConfig, SearchConfig, SpaceConfig
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.search import Limits
 
 
 def test_round_trip():
@@ -82,3 +84,14 @@ def test_what_flags_give_becomes_what_the_stages_take():
 def test_names_what_is_wrong(values, message):
   with pytest.raises(PuzzleError, match=re.escape(message)):
     RunConfig.from_dict(values)
+
+
+def test_a_margin_tightens_the_limits_on_time_alone():
+  limits = Limits(min_speedup=1.25, max_token_s=0.02, max_memory_ratio=0.8)
+  searched = SearchConfig(limits=limits, margin=0.05).searched
+  assert searched.min_speedup == pytest.approx(1.3125)
+  assert searched.max_token_s == pytest.approx(0.02 / 1.05)
+  assert dataclasses.replace(searched, min_speedup=1.25, max_token_s=0.02) == limits
+  assert SearchConfig(limits=limits).searched == limits
+  with pytest.raises(PuzzleError, match=r"search.margin=-0.1"):
+    SearchConfig(margin=-0.1)

@@ -32,6 +32,13 @@ class Limits:
   max_memory_ratio: float | None = None
   max_params_ratio: float | None = None
 
+  def tightened(self, margin: float) -> "Limits":
+    """The same with every limit on time bettered by a share."""
+    faster = dict.fromkeys(("min_throughput", "min_speedup", "min_decode_speedup"), 1 + margin)
+    factors = faster | dict.fromkeys(("max_runtime_s", "max_first_token_s", "max_token_s"), 1 / (1 + margin))
+    changed = {name: getattr(self, name) * by for name, by in factors.items() if getattr(self, name) is not None}
+    return dataclasses.replace(self, **changed)
+
   def __post_init__(self) -> None:
     for name, value in self.items():
       number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
