@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
@@ -167,7 +167,7 @@ def _forward(
     segments_BT=batch.segment_ids if exact else None,
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
-    rows=None if mesh is None else NamedSharding(mesh, mesh_lib.rows_spec(mesh, batch.num_rows)),
+    rows=mesh_lib.rows_on(mesh, batch.num_rows),
   )
 
 
