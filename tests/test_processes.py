@@ -47,7 +47,7 @@ def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess
   ends = []
   try:
     for process in processes:
-      out, err = process.communicate(timeout=150)
+      out, err = process.communicate(timeout=300)
       err = "".join(line for line in err.splitlines(keepends=True) if "[Gloo]" not in line)
       ends.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
   finally:
