@@ -3,7 +3,7 @@
     python -m experiments.plan --config=configs/llama31_8b_h100.py --devices=8
 
 Global distillation takes 5 B tokens: a few billion recover most (paper section 6). By that plan 40 hours on eight
-H100s, the library 15 of them; the evaluation does not fit one device yet. Never run at this size.
+H100s, the library 15 of them; all of it fits. Never run at this size.
 """
 
 import ml_collections

@@ -28,7 +28,7 @@ from puzzle_jax.bld import BLDConfig, Job
 from puzzle_jax.chips import Chip
 from puzzle_jax.data import PackedText
 from puzzle_jax.gkd import GKDConfig
-from puzzle_jax.mesh import MeshConfig
+from puzzle_jax.mesh import MeshConfig, state_spec
 from puzzle_jax.model import decoder
 from puzzle_jax.space import LayerSpace
 
@@ -166,24 +166,14 @@ def gkd_step(
   mesh = _mesh(devices, mesh_config)
   params = jax.eval_shape(lambda key: decoder.stacked(architecture, decoder.init(architecture, key)), jax.random.key(0))
   state = jax.eval_shape(lambda params: gkd.State.first(params, settings), params)
-  params, state = (jax.tree_util.tree_map_with_path(functools.partial(_cut, mesh), x) for x in (params, state))
+
+  def cut(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, state_spec(mesh, path, x.shape)))
+
+  params, state = (jax.tree_util.tree_map_with_path(cut, x) for x in (params, state))
   rows = NamedSharding(mesh, P("data"))
   batch = PackedText(*[jax.ShapeDtypeStruct((settings.batch_rows, tokens), jnp.int32, sharding=rows)] * 3)  # type: ignore[arg-type]
-  step = functools.partial(inspect.unwrap(gkd.train_step), child=architecture, parent=architecture, config=settings)
+  models = {"child": architecture, "parent": architecture}
+  step = functools.partial(inspect.unwrap(gkd.train_step), **models, config=settings, mesh=mesh)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, state))
   return Compiled.of(jitted.lower(state, batch, params), devices[0].device_kind)
-
-
-_CUT = {"embed": -2, "head": -2, "q": -2, "k": -2, "v": -2, "o": -1, "gate": -2, "up": -2, "down": -1}
-
-
-def _cut(mesh: Mesh, path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Heads, channels and the vocabulary lie along `model`, then along `data` too."""
-  axis = _CUT.get(str(getattr(path[-1], "key", "")))
-  axes: list[Any] = [None] * len(x.shape)
-  if axis is not None:
-    for names in (("model", "data"), ("data",), ("model",)):
-      if x.shape[axis] % math.prod(mesh.shape[n] for n in names) == 0:
-        axes[axis] = names
-        break
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))

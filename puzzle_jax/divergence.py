@@ -120,14 +120,23 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
   return padded.reshape(-1, chunk, *x.shape[1:])
 
 
-def kl_and_nll(child: tuple[Any, Any], parent: tuple[Any, Any], targets_T: Any) -> tuple[jax.Array, jax.Array]:
+def kl_and_nll(
+  child: tuple[Any, Any], parent: tuple[Any, Any], targets_T: Any, *, shards: int = 1
+) -> tuple[jax.Array, jax.Array]:
   """KL(parent ‖ child) and the child's negative log likelihood, [T] nats each, by chunks of tokens.
 
   Args:
     child: normed hidden states [T, D] and LM head [V, D].
     parent: the same of the parent.
     targets_T: the next tokens.
+    shards: into how many equal parts the tokens lie over devices; chunks are cut within each, so that all have work.
   """
+  if shards > 1:
+    # A copy of the heads for each part, as devices have them anyway: their gradients are summed once, not a chunk.
+    copies = [jnp.broadcast_to(head, (shards, *head.shape)) for _, head in (child, parent)]
+    parts = [x.reshape(shards, -1, *x.shape[1:]) for x in (child[0], parent[0], targets_T)]
+    kl_ST, nll_ST = jax.vmap(kl_and_nll)((parts[0], copies[0]), (parts[1], copies[1]), parts[2])
+    return kl_ST.reshape(-1), nll_ST.reshape(-1)
   tokens = targets_T.shape[0]
   chunk = min(token_chunk(), tokens)
 

@@ -1,7 +1,7 @@
 """One mesh for all stages, on JAX's own runtime (docs/architecture.md): axes data, model and layer, each 1 by default.
 
   data   rows of a batch
-  model  the channels of FFNs
+  model  heads, the channels of FFNs, the vocabulary
   layer  neighbouring layers that are distilled side by side
 
 Several processes see one mesh (`jax.distributed`); each holds the rows of its own devices. What a function here is not
@@ -9,6 +9,7 @@ told to shard is the same on every device.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -69,9 +70,19 @@ def _layers(mesh: Mesh, count: int) -> str | None:
   return "layer" if count % mesh.shape["layer"] == 0 else None
 
 
+def row_shards(mesh: Mesh, rows: int) -> int:
+  """Into how many parts a batch of rows is cut: along `data` if that divides them."""
+  return mesh.shape["data"] if rows % mesh.shape["data"] == 0 else 1
+
+
 def rows_spec(mesh: Mesh, rows: int) -> P:
-  """Of a batch of rows, [B, …]: along `data` if that divides them."""
-  return P("data" if rows % mesh.shape["data"] == 0 else None)
+  """Of a batch of rows, [B, …]; see `row_shards`."""
+  return P("data" if row_shards(mesh, rows) == mesh.shape["data"] else None)
+
+
+def rows_on(mesh: Mesh | None, rows: int) -> NamedSharding | None:
+  """`rows_spec` on its mesh; None without one."""
+  return NamedSharding(mesh, rows_spec(mesh, rows)) if mesh else None
 
 
 def rows_of_layers(mesh: Mesh, count: int, rows: int) -> P:
@@ -101,25 +112,74 @@ def place(mesh: Mesh, whole: np.ndarray, spec: P) -> jax.Array:
   return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec), lambda index: whole[index])
 
 
+def vocabulary_spec(mesh: Mesh, size: int) -> P:
+  """Of an LM head [V, D] that each device needs for its rows: V along `model` if that divides it."""
+  return P("model" if size % mesh.shape["model"] == 0 else None)
+
+
+def cache_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+  """Of keys or values [B, S, K, H]: heads along `model` if that divides them."""
+  return P(None, None, "model" if shape[2] % mesh.shape["model"] == 0 else None)
+
+
+def laid(mesh: Mesh, x: jax.Array, spec: P) -> jax.Array:
+  """Within a compiled program: an array as it shall lie on a mesh."""
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def put(mesh: Mesh, tree: Any, spec: P) -> Any:
-  """Arrays that every process has, on its own devices or off them, on those of the mesh."""
-  if mesh.is_multi_process:
-    return jax.tree.map(lambda x: place(mesh, np.asarray(x), spec), tree)
-  return jax.device_put(tree, NamedSharding(mesh, spec))
+  """Arrays on the devices of a mesh: what every process has, on its own devices or off them, or what lies there."""
+  sharding = NamedSharding(mesh, spec)
+  if not mesh.is_multi_process:
+    return jax.device_put(tree, sharding)
+
+  def spread(x: Any) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    return place(mesh, np.asarray(x), spec)
+
+  return jax.tree.map(spread, tree)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+  """The mesh that weights lie on (`shard_weights`); None: a single device."""
+  sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+  return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+_ACROSS = {"embed": -2, "head": -2, "q": -2, "k": -2, "v": -2, "o": -1, "gate": -2, "up": -2, "down": -1}
+
+
+def weights_spec(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> P:
+  """Of an array of a model that is read only (tensor parallelism): heads, channels and the vocabulary lie along `model`
+  if that divides them; the rest is on every device.
+  """
+  across = _ACROSS.get(str(getattr(path[-1], "key", None)) if path else "")
+  if across is None or len(shape) < 2 or shape[across] % mesh.shape["model"]:
+    return P()
+  return P(*("model" if i == across % len(shape) else None for i in range(len(shape))))
 
 
 def state_spec(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> P:
-  """Of an array of a model that is trained whole, or of its optimiser: FFN channels lie along `model`, and the longest
-  other axis along `data`, each if that divides it (FSDP).
+  """Of an array of a model that is trained whole, or of its optimiser (FSDP and tensor parallelism).
+
+  As `weights_spec`, and what lies along `model` lies along `data` within that; what cannot be cut there so often, and
+  everything else, lies along `data` by its longest axis that can.
   """
-  axes: list[str | None] = [None] * len(shape)
-  axis = {"gate": -2, "up": -2, "down": -1}.get(str(getattr(path[-1], "key", None)) if path else "")
-  if axis is not None and len(shape) >= 2 and shape[axis] % mesh.shape["model"] == 0:
-    axes[axis] = "model"
-  free = [i for i, size in enumerate(shape) if axes[i] is None and size % mesh.shape["data"] == 0]
-  if free and max(shape[i] for i in free) > 1:
-    axes[max(free, key=lambda i: shape[i])] = "data"
-  return P(*axes)
+  along = tuple(weights_spec(mesh, path, shape)) or (None,) * len(shape)
+  axes: list[tuple[str, ...]] = [() if name is None else (name,) for name in along]
+  order = sorted(range(len(shape)), key=lambda i: (not axes[i], -shape[i]))
+  for i in order:
+    if shape[i] > 1 and shape[i] % math.prod(mesh.shape[name] for name in (*axes[i], "data")) == 0:
+      axes[i] += ("data",)
+      break
+  return P(*(names or None for names in axes))
+
+
+def shard_weights(mesh: Mesh, tree: Any) -> Any:
+  """Weights that every process has, or that lie on the mesh already, on its devices (`weights_spec`)."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: put(mesh, x, weights_spec(mesh, path, x.shape)), tree)
 
 
 def shard_state(mesh: Mesh, tree: Any) -> Any:
@@ -129,9 +189,7 @@ def shard_state(mesh: Mesh, tree: Any) -> Any:
 
 def keep_sharded(mesh: Mesh, tree: Any) -> Any:
   """Within a compiled step: its output as `shard_state` lays it."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, state_spec(mesh, path, x.shape))), tree
-  )
+  return jax.tree_util.tree_map_with_path(lambda path, x: laid(mesh, x, state_spec(mesh, path, x.shape)), tree)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:

@@ -50,7 +50,6 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
   variants = [sum(s.num_params(model) for s in x.variants) * _FP32 for x in space.layers]
   forward = parent.flops_per_token(context=context)
   layers = [b.flops_per_token(model, context=context) for b in parent.blocks]
-  row = model.hidden_size * data.seq_len * _FP32
   block = parent.blocks[0]
 
   stored = data.heldout_tokens * _FP32 * model.hidden_size * (parent.num_layers + 1)
@@ -79,7 +78,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     ),
     "scores": Need(
       _scores(config, parent, space),
-      params + max(variants) + 2 * data.heldout_tokens / data.seq_len * row / mesh.devices,
+      scoring_bytes(config, parent, space, mesh),
     ),
     "search": Need(
       config.search.refine_rounds * _scores(config, parent, space),
@@ -101,11 +100,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
       (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read
       + 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
-      4 * params
-      + max(
-        batch_bytes(block, parent, evaluation.batch_rows, data.seq_len),
-        max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row
-      ),
+      evaluation_bytes(config, parent, mesh),
     ),
     "export": Need(0, 0, params * _WIDTHS[config.export.dtype] / _FP32),
     "report": Need(disk_bytes=6e6),
@@ -128,6 +123,33 @@ def scores_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int)
   """Of attention's scores, all at once, in fp32."""
   model = parent.config
   return rows * model.num_heads * bool(block.kv_bytes_per_token(model)) * tokens**2 * _FP32
+
+
+def scoring_bytes(config: RunConfig, parent: Architecture, space: Space, mesh: MeshConfig) -> float:
+  """On each device in scoring: blocks cut over model, rows over the rest; the head whole, with what it is held against.
+
+  On the first device also the input of all rows.
+  """
+  data, model = config.data, parent.config
+  blocks = sum(b.num_params(model) for b in parent.blocks)
+  head = parent.num_params() - blocks
+  variants = max(sum(s.num_params(model) for s in x.variants) for x in space.layers)
+  rows = math.ceil(config.scores.batch_rows / (mesh.data * mesh.layer))
+  stored = data.heldout_tokens * model.hidden_size * (1 + 2 / mesh.devices)
+  inside = batch_bytes(parent.blocks[0], parent, rows, data.seq_len)
+  return _FP32 * (head + (blocks + variants) / mesh.model + stored) + inside / mesh.model
+
+
+def evaluation_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> float:
+  """On each device in the evaluation: parent and child and their two KV caches each, cut over model, rows over data."""
+  evaluation, costs, model = config.evaluation, config.costs, parent.config
+  tokens = max(costs.batches) * (costs.input_tokens + costs.output_tokens)
+  caches = 4 * tokens * parent.kv_bytes_per_token(bytes_per_value=_FP32)
+  inside = max(
+    batch_bytes(parent.blocks[0], parent, math.ceil(evaluation.batch_rows / mesh.data), config.data.seq_len),
+    max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row
+  )
+  return (2 * parent.num_params() * _FP32 + caches + inside) / mesh.model
 
 
 def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> float:

@@ -132,6 +132,7 @@ STAGES = (
     ("data", "child", "gkd", "search", "coupled"),
     files=lambda config: suite.files(config.evaluation),
     memory=("evaluation.batch_rows",),
+    together=True,
     version=2,
   ),
   Stage("export", stages.make_export, ("export", "search"), ("gkd", "evaluation"), version=2),

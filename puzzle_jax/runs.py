@@ -63,9 +63,11 @@ class Run:
   @functools.cached_property
   def parent_model(self) -> LanguageModel:
     """The parent, on the device, fp32."""
-    layers = [self.parent.layer(i) for i in range(self.parent.architecture.num_layers)]
-    params = to_device(self.parent.head() | {"layers": layers})
-    return LanguageModel(self.parent.architecture, params, self.tokenizer)
+    return LanguageModel.of(self.parent, self.tokenizer)
+
+  def parent_on(self, mesh: Mesh) -> LanguageModel:
+    """The parent, fp32, on a mesh (`mesh.shard_weights`)."""
+    return self.parent_model if mesh.size == 1 else LanguageModel.of(self.parent, self.tokenizer, mesh=mesh)
 
   def parent_with(self, layer: int, block: str) -> LanguageModel:
     """The parent with one block, such as `gqa1/w768`, in a layer's place: the library's, or of it and the parent.

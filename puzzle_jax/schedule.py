@@ -199,6 +199,25 @@ def _largest(n: int, at_most: int) -> int:
   return max(i for i in divisors(n) if i <= at_most)
 
 
+def _forward(job: Job, name: str, rows: int, precision: str) -> Stage:
+  """A stage that runs models forward, their weights cut over as few devices as they fit on, rows over the rest."""
+  found = []
+  for model in divisors(job.parent.config.num_heads):
+    if model > job.devices:
+      break
+    mesh = MeshConfig(data=_largest(rows, job.devices // model), model=model)
+    note = f"weights cut over {model} devices" if model > 1 else "every device holds the whole models in fp32"
+    stage = _plain(job, name, mesh, precision, note)
+    tokens = stage.flops / job.parent.flops_per_token(context=job.config.data.seq_len // 2) / mesh.data
+    # Twice a block the stream is summed over `model`, and a sum sends everything twice.
+    sent = 2 * 2 * _FP32 * tokens * job.parent.num_layers * job.parent.config.hidden_size * (model - 1) / model
+    seconds = (stage.seconds or 0.0) + sent / job.chip.wire_bytes_per_s(model)
+    found.append(dataclasses.replace(stage, seconds=seconds))
+    if stage.fits:
+      return found[-1]
+  return _first_done(found)
+
+
 def stages(job: Job) -> list[Stage]:
   """Every stage that the config asks for, each on its best split, in order."""
   config, one = job.config, MeshConfig()
@@ -210,18 +229,12 @@ def stages(job: Job) -> list[Stage]:
       job, "activations", MeshConfig(data=_largest(config.activations.batch_rows, job.devices)), "highest"
     ),
     "library": best_library(job),
-    "scores": _plain(
-      job,
-      "scores",
-      MeshConfig(data=_largest(rows, job.devices)),
-      config.scores.precision,
-      "every device holds the whole parent in fp32",
-    ),
+    "scores": _forward(job, "scores", rows, config.scores.precision),
     "search": _plain(job, "search", one, config.scores.precision, "seconds on the host's CPU"),
     "coupled": _plain(job, "coupled", one, "highest", "how many pairs is known after the search"),
     "child": _plain(job, "child", one, "highest", "reads and writes files"),
     "gkd": best_gkd(job),
-    "evaluation": _plain(job, "evaluation", one, "highest", "on one device"),
+    "evaluation": _forward(job, "evaluation", config.evaluation.batch_rows, "highest"),
     "export": _plain(job, "export", one, "highest", "reads and writes files"),
   }
   if not config.coupled.wanted:

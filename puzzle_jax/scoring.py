@@ -91,7 +91,8 @@ class Scorer:
     batch_rows: rows on the device at once.
     precision: of fp32 matrix products on a GPU or TPU, one of `PRECISIONS`.
     task: what `packed` are the rows of, if they are a task's: then `accuracy` is the metric.
-    mesh: the devices, among all of which rows are spread; None: one.
+    mesh: the devices; None: one. Rows are spread over all of them where each holds the whole parent, that is where the
+      axis `model` is 1; else over the others, and weights are cut over `model`.
   """
 
   def __init__(
@@ -107,9 +108,11 @@ class Scorer:
     mesh: Mesh | None = None,
   ):
     self._mesh = mesh or mesh_lib.build(mesh_lib.MeshConfig())
-    params = mesh_lib.put(self._mesh, dict(params), P())
-    self._config, self._head = architecture.config, {k: w for k, w in params.items() if k != "layers"}
-    self.parent: list[Block] = list(zip(architecture.blocks, params["layers"], strict=True))
+    self._row_axes = tuple(axis for axis in mesh_lib.AXES if axis != "model" or self._mesh.shape["model"] == 1)
+    self._config = architecture.config
+    self._head = mesh_lib.put(self._mesh, {k: w for k, w in params.items() if k != "layers"}, P())  # read by chunks
+    layers = mesh_lib.shard_weights(self._mesh, params["layers"])
+    self.parent: list[Block] = list(zip(architecture.blocks, layers, strict=True))
     self._parent_specs = set(architecture.blocks)
     self._packed, self._task, self._precision = packed, task, precision
     self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
@@ -120,7 +123,7 @@ class Scorer:
         mesh_lib.put(
           self._mesh,
           activations.to_context(self._config, packed, rows),
-          self._spread(packed.rows(rows).num_rows),
+          self._spread(packed.rows(rows).num_rows, self._row_axes),
         ),
       )
       for rows in (slice(start, start + batch_rows) for start in starts)
@@ -136,12 +139,18 @@ class Scorer:
         self._batches.append(_Batch(rows, context, reference, targets))
     self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
 
-  def _spread(self, rows: int) -> P:
-    """Over all devices, if rows can be."""
-    return P(mesh_lib.AXES if rows % self._mesh.size == 0 else None)
+  def _spread(self, rows: int, axes: Sequence[str]) -> P:
+    """Over some axes' devices, if rows can be."""
+    count = math.prod(self._mesh.shape[axis] for axis in axes)
+    return P(tuple(axes) if rows % count == 0 else None)
 
   def _put(self, x: Any) -> jax.Array:
-    return mesh_lib.put(self._mesh, x, self._spread(len(x)))
+    """Rows for the metrics: on all devices, for there the head is whole."""
+    return mesh_lib.put(self._mesh, x, self._spread(len(x), mesh_lib.AXES))
+
+  def _input(self, x_BTD: Any) -> jax.Array:
+    """Rows for blocks."""
+    return mesh_lib.put(self._mesh, x_BTD, self._spread(len(x_BTD), self._row_axes))
 
   def _through(self, block: Block, x_BTD: jax.Array, context: subblocks.Context) -> jax.Array:
     """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
@@ -162,7 +171,7 @@ class Scorer:
     if self._mesh.is_multi_process:  # which compile, as they run, in one order
       return
     rows, context = self._rows[0]
-    x = self._put(x_RTD[rows])
+    x = self._input(x_RTD[rows])
     programs: dict[Any, Any] = {spec: functools.partial(_block, spec, self._config, w) for spec, w in self.parent}
     for spec, weights in blocks:
       programs |= {s: functools.partial(_residual, s, self._config, weights[s.slot]) for s in spec.subblocks}
@@ -179,10 +188,10 @@ class Scorer:
     found = []
     with jax.default_matmul_precision(self._precision):
       for batch in self._batches:
-        x = self._put(x_RTD[batch.rows])
+        x = self._input(x_RTD[batch.rows])
         for block in blocks:
           x = self._through(block, x, batch.context)
-        found.append(_measure(self._config, self._head, x, batch.reference, batch.targets_T))
+        found.append(_measure(self._config, self._head, self._put(x), batch.reference, batch.targets_T))
     fetched = mesh_lib.fetch(found)
     return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
 
@@ -215,8 +224,8 @@ class Scorer:
       Each metric and its standard error, `<metric>_stderr`.
     """
     suffix = (self.parent if model is None else model)[layer + 1 :]
-    if self._mesh.is_multi_process:
-      weights = mesh_lib.put(self._mesh, weights, P())
+    if self._mesh.size > 1:
+      weights = mesh_lib.shard_weights(self._mesh, weights)
     return self._scores(self._measured(x_RTD, [(spec, weights), *suffix]))
 
   def whole(self, blocks: Sequence[Block]) -> dict[str, float]:
@@ -229,7 +238,7 @@ class Scorer:
     yield x_RTD
     for block in blocks:
       with jax.default_matmul_precision(self._precision):
-        outputs = [self._through(block, self._put(x_RTD[rows]), context) for rows, context in self._rows]
+        outputs = [self._through(block, self._input(x_RTD[rows]), context) for rows, context in self._rows]
       x_RTD = np.concatenate(mesh_lib.fetch(outputs))
       yield x_RTD
 

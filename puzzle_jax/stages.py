@@ -13,6 +13,7 @@ import numpy as np
 
 from puzzle_jax import activations, bld, coupling, data, distributed, gkd, preemption, refine, report, scoring
 from puzzle_jax import costs as costs_lib
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.build_library import Builder
@@ -152,7 +153,8 @@ def make_library(run: Run, store: StageStore) -> None:
 
 
 def make_scores(run: Run, store: StageStore) -> None:
-  config, stored, library, params = run.config.scores, run.store("activations"), run.library, run.parent_model.params
+  config, stored, library, mesh = run.config.scores, run.store("activations"), run.library, run.mesh
+  params = run.parent_on(mesh).params
   scorers = {"heldout": scoring.scorer_of(run, params)}
   if run.task is not None:
     scorers["task"] = scoring.scorer_of(run, params, task=True)
@@ -172,7 +174,7 @@ def make_scores(run: Run, store: StageStore) -> None:
   with run.progress.bar("scores", total=sum(len(missing) for *_, missing in todo), unit="block") as bar:
     loaded = _one_ahead(load, [layer for layer, *_ in todo])
     for (layer, file, found, missing), arrays in zip(todo, loaded, strict=True):
-      inputs, variants = jax.device_put(arrays)
+      inputs, variants = jax.device_put(arrays[0]), mesh_lib.shard_weights(mesh, arrays[1])
       layer_space, usable, saved = run.space.layers[layer], library.usable(layer), time.monotonic()
       weights = {
         block: scoring.block_weights(layer_space, block, params["layers"][layer], variants)
@@ -324,16 +326,21 @@ def make_gkd(run: Run, store: StageStore) -> None:
 
 
 def make_evaluation(run: Run, store: StageStore) -> None:
-  config, parent, child = run.config.evaluation, run.parent_model, run.child
-  packed = run.packed("eval")
+  config, mesh, packed = run.config.evaluation, run.mesh, run.packed("eval")
+  parent = run.parent_on(mesh)
   teacher = (parent.architecture, parent.params)
-  student = (child.architecture, child.params)
-  before = LanguageModel.open(run.store("child").folder("model"))
+
+  def opened(stage: str) -> LanguageModel:
+    return LanguageModel.open(run.store(stage).folder("model"), mesh=mesh)
+
   with run.progress.bar("evaluation", total=5 + 2 * len(config.prompts), unit="step") as bar:
-    after_gkd = quality.compare(student, teacher, packed, batch_rows=config.batch_rows)
+    child = opened("child")  # one beside the parent at a time
+    before_gkd = quality.compare((child.architecture, child.params), teacher, packed, batch_rows=config.batch_rows)
     bar.update()
-    before_gkd = quality.compare((before.architecture, before.params), teacher, packed, batch_rows=config.batch_rows)
-    del before
+    del child
+    child = opened("gkd")
+    student = (child.architecture, child.params)
+    after_gkd = quality.compare(student, teacher, packed, batch_rows=config.batch_rows)
     bar.update()
     texts = suite.compare_texts(run, student, teacher)
     bar.update()

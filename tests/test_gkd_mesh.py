@@ -1,20 +1,16 @@
 """Global distillation on eight virtual CPU devices: the same losses and child however it is sharded."""
 
-import json
-import os
-import subprocess
-import sys
+import re
 import types
-from pathlib import Path
 from typing import Any
 
+import eight_devices
 import jax
 import numpy as np
 import pytest
 
 from puzzle_jax import mesh
 
-# In a process of its own: the number of devices is fixed once JAX has begun.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -75,22 +71,25 @@ state = gkd.train_step(
   state, batch, decoder.stacked(parent, weights[1]), child=child, parent=parent, config=gkd.GKDConfig(steps=1), mesh=on
 )
 found["shares"] = [*before, share(state.params), share(state.optimizer)]
+
+tokens = 40  # a row: no weight has such an axis
+def program(sizes):
+  on = mesh.build(MeshConfig(*sizes))
+  student = Architecture(model, (BlockSpec.parse("gqa2/w32"), BlockSpec.parse("linear/w48")))
+  first = decoder.stacked(student, decoder.init(student, jax.random.key(2)))
+  state = gkd.State.first(first, gkd.GKDConfig(steps=1)).on(on)
+  batch = gkd.on_mesh(on, PackedText(*np.ones((3, 8, tokens), np.int32)))
+  teacher = mesh.shard_state(on, decoder.stacked(parent, weights[1]))
+  models = {"child": student, "parent": parent, "config": gkd.GKDConfig(steps=1), "mesh": on}
+  return gkd.train_step.lower(state, batch, teacher, **models).compile().as_text().splitlines()
+found["hlo"] = {f"{a},{b},1": program((a, b, 1)) for a, b in ((8, 1), (4, 2))}
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("gkd"))],
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-    cwd=Path(__file__).parents[1],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return eight_devices.run(PROGRAM, str(tmp_path_factory.mktemp("gkd")))
 
 
 @pytest.mark.parametrize("name", ["8,1,1", "2,2,1", "whole parent", "moved"])
@@ -109,17 +108,33 @@ def test_each_device_holds_its_share(found):
   assert found["shares"] == pytest.approx([1 / 8] * 4, rel=0.05)
 
 
+@pytest.mark.parametrize("sizes, rows", [("8,1,1", 1), ("4,2,1", 2)])
+def test_weights_go_to_the_rows_and_not_rows_to_weights(found, sizes, rows):
+  """In the compiled step nothing is gathered that has an axis of tokens."""
+  lines = found["hlo"][sizes]
+  shapes = [shape for line in lines for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", line)]
+  gathered = {tuple(map(int, shape.split(","))) for shape in shapes}
+  assert (64, 32) in gathered or (32, 32) in gathered
+  assert not [shape for shape in gathered if {40, rows * 40, 8 * 40} & set(shape)]
+  assert any(f"[{rows},40,32]" in line for line in lines)  # of a device: its own rows
+
+
 def test_axes_of_a_state():
   on = mesh.build(mesh.MeshConfig())
 
   sizes: Any = types.SimpleNamespace(shape={"data": 4, "model": 2, "layer": 1})
 
-  def spec(name: str, *shape: int) -> tuple[str | None, ...]:
+  def spec(name: str, *shape: int) -> tuple[Any, ...]:
     return tuple(mesh.state_spec(sizes, (jax.tree_util.DictKey(name),), shape))
 
-  assert spec("gate", 3, 16, 8) == (None, "model", "data")
-  assert spec("down", 3, 8, 16) == (None, "data", "model")
-  assert spec("q", 3, 8, 16) == (None, None, "data")
+  assert spec("gate", 3, 16, 8) == (None, ("model", "data"), None)
+  assert spec("down", 3, 8, 16) == (None, None, ("model", "data"))
+  assert spec("q", 3, 8, 16) == (None, ("model", "data"), None)
+  assert spec("k", 3, 2, 16) == (None, "model", "data")  # too few for both
+  assert spec("o", 3, 8, 5) == (None, "data", None)  # not to be cut across
+  assert spec("embed", 64, 6) == (("model", "data"), None)
+  assert spec("linear", 3, 8, 8) == (None, "data", None)
+  assert spec("norm", 3, 8) == (None, "data")
   assert spec("norm", 3, 6) == (None, None)
   assert spec("count") == ()
   assert mesh.shard_state(on, {"w": np.ones((2, 3))})["w"].sharding.is_fully_replicated

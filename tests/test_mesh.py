@@ -1,12 +1,8 @@
 """The same answers on eight virtual CPU devices as on one, however they are arranged."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import eight_devices
 import numpy as np
 import pytest
 
@@ -63,7 +59,6 @@ def test_groups_are_read(text, groups):
   assert device_groups(f"%x = f32[4] all-reduce(%y), {text}") == groups
 
 
-# In a process of its own: the number of devices is fixed once JAX has begun.
 PROGRAM = """
 import json, shutil, sys
 from pathlib import Path
@@ -103,17 +98,7 @@ def found(tmp_path_factory):
   folder = tmp_path_factory.mktemp("mesh")
   tiny_parent.write(folder / "parent")
   meshes = [",".join(map(str, sizes)) for sizes in MESHES]
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, str(folder / "parent"), str(folder), ",".join(COLLECTIVES), *meshes],
-    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    cwd=Path(__file__).parents[1],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return eight_devices.run(PROGRAM, str(folder / "parent"), str(folder), ",".join(COLLECTIVES), *meshes)
 
 
 @pytest.mark.parametrize("sizes", ["8,1,1", "2,2,2", "1,2,4"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess
   ends = []
   try:
     for process in processes:
-      out, err = process.communicate(timeout=150)
+      out, err = process.communicate(timeout=300)
       err = "".join(line for line in err.splitlines(keepends=True) if "[Gloo]" not in line)
       ends.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
   finally:
@@ -64,39 +65,43 @@ def folder(tmp_path_factory):
   return folder
 
 
+def run(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str) -> Path:
+  """The work directory of a run in so many processes, whose devices lie along an axis of the mesh."""
+  ends = together(
+    count,
+    [
+      "-m",
+      "experiments.run",
+      "--config=configs/tiny.py",
+      f"--config.parent={folder / 'parent'}",
+      f"--config.costs.table={folder / 'costs.json'}",
+      f"--config.mesh.{axis}={count}",
+      "--config.activations.dtype=float32",
+      "--config.activations.tier=disk",
+      "--config.space.attention=('gqa','linear')",
+      "--config.space.ffn=(0.5,'none')",
+      "--config.bld.steps=3",
+      "--config.gkd.steps=3",
+      f"--workdir={folder / name}",
+      f"--stages={','.join(stages)}",
+    ],
+  )
+  for end in ends:
+    assert end.returncode == 0, end.stderr[-3000:]
+  assert all(end.stderr.strip() == "" for end in ends[1:])  # process 0 alone says how it goes
+  return folder / name
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+  """The work directory of a run in one process."""
+  return Workdir(run(folder, "1", 1, STAGES, axis="data"))
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def ended(folder, request):
+def ended(folder, alone, request):
   """The work directories of a run in one process and in several."""
-  count = request.param
-
-  def run(count: int) -> Path:
-    workdir = folder / str(count)
-    if not workdir.exists():
-      ends = together(
-        count,
-        [
-          "-m",
-          "experiments.run",
-          "--config=configs/tiny.py",
-          f"--config.parent={folder / 'parent'}",
-          f"--config.costs.table={folder / 'costs.json'}",
-          f"--config.mesh.data={count}",
-          "--config.activations.dtype=float32",
-          "--config.activations.tier=disk",
-          "--config.space.attention=('gqa','linear')",
-          "--config.space.ffn=(0.5,'none')",
-          "--config.bld.steps=3",
-          "--config.gkd.steps=3",
-          f"--workdir={workdir}",
-          f"--stages={','.join(STAGES)}",
-        ],
-      )
-      for end in ends:
-        assert end.returncode == 0, end.stderr[-3000:]
-      assert all(end.stderr.strip() == "" for end in ends[1:])  # process 0 alone says how it goes
-    return workdir
-
-  return Workdir(run(1)), Workdir(run(count))
+  return alone, Workdir(run(folder, str(request.param), request.param, STAGES, axis="data"))
 
 
 def test_the_library_is_that_of_one_process(ended):
@@ -128,6 +133,18 @@ def test_the_child_is_that_of_one_process(ended):
     found = safetensors.numpy.load_file(several.root / "gkd" / "model" / path.name)
     for name, expected in safetensors.numpy.load_file(path).items():
       np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_evaluation_is_that_of_one_process(folder, alone):
+  """Of models whose weights are cut over the devices of both."""
+  shutil.copytree(alone.root, folder / "cut")
+  found = []
+  for name, count in (("1", 1), ("cut", 2)):
+    workdir = Workdir(run(folder, name, count, ("evaluation",), axis="model"))
+    found.append(workdir.stage("evaluation").get_json("evaluation.json"))
+  for quality in ("before_gkd", "after_gkd"):
+    assert found[1][quality] == pytest.approx(found[0][quality], rel=1e-5, abs=1e-7)
+  assert found[1]["samples"] == found[0]["samples"]
 
 
 def test_one_process_writes_what_is_single(ended):

@@ -112,7 +112,7 @@ def test_equal_hidden_states_have_kl_0_exactly():
 
 @pytest.mark.parametrize("vocabulary, chunk, tokens", [(50, 8192, 7), (50, 25, 7), (53, 16, 8)])
 def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
-  """One head through `Reference`, by chunks of the vocabulary; two heads by chunks of tokens."""
+  """One head through `Reference`, by chunks of the vocabulary; two heads by chunks of tokens, or of their parts."""
   monkeypatch.setattr(divergence, "VOCABULARY_CHUNK", chunk)
   monkeypatch.setattr(divergence, "token_chunk", lambda: 5)
   divergence.reference.clear_cache()
@@ -128,7 +128,8 @@ def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
   reference = divergence.reference(head, p)
   one = divergence.kl_and_nll_to(reference, head, jnp.asarray(q), targets_T=targets)
   two = divergence.kl_and_nll((q, other), (p, head), jnp.asarray(targets))
-  for found, (kl, nll) in ((one, expected(head)), (two, expected(other))):
+  spread = divergence.kl_and_nll((q, other), (p, head), jnp.asarray(targets), shards=2 - tokens % 2)
+  for found, (kl, nll) in ((one, expected(head)), (two, expected(other)), (spread, expected(other))):
     np.testing.assert_allclose(found[0], kl, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[1], nll, rtol=0, atol=1e-5)
 

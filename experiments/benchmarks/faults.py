@@ -1,22 +1,23 @@
 """What a run loses when it is killed, its files are damaged or its disk is full (docs/reliability.md):
 
-    python -m experiments.benchmarks.faults --workdir=runs/faults --kills=200 --damages=500 --full_disks=50
+    python -m experiments.benchmarks.faults --workdir=runs/faults --kills=160 --kills_of_two=40 --damages=500 \
+      --full_disks=50
 
 A case takes the tiny run to the beginning of a stage, injects one fault, starts again and holds what comes out
-against the undisturbed run. Kills: SIGKILL before each write, rename and removal in turn, and at random moments.
-Damages: a file is cut, one of its bits is flipped, or it is replaced by another. Full disks: a small tmpfs, for root.
-Each case is added to WORKDIR/tally.jsonl when it is over: started again, the drill goes on. Writes
-experiments/results/faults.json.
+against the undisturbed run. Kills: SIGKILL before each write, rename and removal in turn, and at random moments; those
+of two kill one of two processes that are one run (`jax.distributed`), and hold against such a run of two. Damages: a
+file is cut, one of its bits is flipped, or it is replaced by another. Full disks: a small tmpfs, for root. Each case is
+added to WORKDIR/tally.jsonl when it is over: started again, the drill goes on. Writes experiments/results/faults.json.
 """
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from absl import app, flags
 import puzzle_jax
 from configs import tiny
 from experiments import RESULTS, tiny_parent
+from puzzle_jax import distributed
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.pipeline import STAGES
@@ -43,13 +45,15 @@ from puzzle_jax.store import MANIFEST, Workdir, write_json
 _WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Where the runs and the tally are kept.")
 _COUNTS = {
   kind: flags.DEFINE_integer(kind, 0, f"Cases of {kind.replace('_', ' ')} to have in the tally.", lower_bound=0)
-  for kind in ("kills", "damages", "full_disks")
+  for kind in ("kills", "kills_of_two", "damages", "full_disks")
 }
 _RECORD = flags.DEFINE_string("record", str(RESULTS / "faults.json"), "The record.")
 
 NAMES = [stage.name for stage in STAGES]
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
-_LIMIT_S = 600.0
+_HEARTBEAT_S = 10  # of two processes
+_LIMIT_S = 300.0  # for a start to end by itself
+_STUCK = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +61,19 @@ class Ended:
   """How a start ended.
 
   Attributes:
-    code: exit status; minus the signal's number where one ended it.
-    said: what it printed.
+    codes: exit status of each process; minus the signal's number where one ended it, `_STUCK` where nothing did.
+    said: what they printed.
     seconds: until then.
   """
 
-  code: int
+  codes: tuple[int, ...]
   said: str
   seconds: float
+
+  @property
+  def code(self) -> int:
+    """The first that is no success."""
+    return next((code for code in self.codes if code), 0)
 
 
 class Watch:
@@ -102,10 +111,12 @@ class Drill:
 
   Args:
     root: for all files; what is there is used again.
+    processes: of a run.
   """
 
-  def __init__(self, root: Path):
-    self.root = root.absolute()
+  def __init__(self, root: Path, *, processes: int = 1):
+    self.root, self.processes = root.absolute(), processes
+    self.root.mkdir(parents=True, exist_ok=True)
     self.reference = self.root / "reference"
     self._config = self._tiny(table=str(self.root / "costs.json"))  # given, since times are never the same twice
     notes = self.root / "reference.json"
@@ -120,47 +131,74 @@ class Drill:
     values.parent = str(self.root / "parent")
     values.evaluation.prompts = ()
     values.costs.table = table
+    if self.processes > 1:
+      values.mesh.data = self.processes
+      values.activations.tier = "disk"  # each writes its own rows
     return RunConfig.from_dict(values.to_dict())
 
   def _note(self, path: Path) -> None:
     """Makes parent and reference, with each stage's seconds, changes and reads; twice, the second time compiled."""
     if not (self.root / "parent").exists():
-      self.start(lambda: tiny_parent.write(self.root / "parent"))  # elsewhere: JAX's threads do not survive a fork
+      self.start(lambda _: tiny_parent.write(self.root / "parent"))  # elsewhere: JAX's threads do not survive a fork
       costs = self.root / "costs"
-      self.start(lambda: puzzle_jax.run(self._tiny(table=""), costs, stages=["costs"]))
+      self.start(lambda _: puzzle_jax.run(self._tiny(table=""), costs, stages=["costs"]))
       shutil.copy(costs / "costs" / "costs.json", self.root)
     for _ in range(2):
       shutil.rmtree(self.reference, ignore_errors=True)
       notes = {}
       for name in NAMES:
-        aside = self.root / "watched.json"
+        aside = [self.root / f"watched_{i}.json" for i in range(self.processes)]
 
-        def watched(name: str = name, aside: Path = aside) -> None:
+        def watched(process: int, name: str = name, aside: list[Path] = aside) -> None:
           watch = Watch(self.reference)
           sys.addaudithook(watch)
           self.run(self.reference, name)
-          aside.write_text(json.dumps({"changes": watch.changes, "read": sorted(watch.read)}))
+          aside[process].write_text(json.dumps({"changes": watch.changes, "read": sorted(watch.read)}))
 
         ended = self.start(watched)
         if ended.code:
           raise RuntimeError(f"the undisturbed run fails at {name}: {ended.said}")
-        notes[name] = json.loads(aside.read_text()) | {"seconds": ended.seconds}
+        found = [json.loads(file.read_text()) for file in aside]
+        changes = [watch["changes"] for watch in found]
+        notes[name] = {"changes": changes, "read": found[0]["read"], "seconds": ended.seconds}
     write_json(path, notes)
 
   def run(self, workdir: Path, *names: str) -> None:
     puzzle_jax.run(self._config, workdir, stages=names)
 
-  def start(self, work: Callable[[], object], *, kill_after: float | None = None) -> Ended:
-    """Does `work` in a process of its own, which has imported everything already."""
-    out = self.root / "said.txt"
-    begin = time.perf_counter()
-    if not (process := os.fork()):
-      _child(work, out, cache=self.root / "compiled")
-    if kill_after is not None:
-      time.sleep(kill_after)
-      os.kill(process, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return Ended(code, out.read_text() if out.exists() else "", time.perf_counter() - begin)
+  def running(self, workdir: Path, *names: str) -> Callable[[int], None]:
+    """`run`, for `start`."""
+    return lambda _: self.run(workdir, *names)
+
+  def start(self, work: Callable[[int], object], *, kill: tuple[int, float] | None = None) -> Ended:
+    """Does `work` in processes of their own, which have imported everything already.
+
+    Args:
+      work: gets the process's number.
+      kill: a process, and after how many seconds.
+    """
+    begin, port = time.perf_counter(), _free_port()
+    out = [self.root / f"said_{i}.txt" for i in range(self.processes)]
+    children = []
+    for i in range(self.processes):
+      if not (child := os.fork()):
+
+        def join_and_work(i: int = i) -> None:
+          if self.processes > 1:
+            distributed.start(
+              coordinator=f"127.0.0.1:{port}", processes=self.processes, process=i, heartbeat_s=_HEARTBEAT_S
+            )
+          work(i)
+
+        _child(join_and_work, out[i], cache=self.root / "compiled")
+      children.append(child)
+    if kill is not None:
+      process, after = kill
+      time.sleep(after)
+      os.kill(children[process], signal.SIGKILL)
+    codes = tuple(_end(child, begin + _LIMIT_S) for child in children)
+    said = "".join(file.read_text() for file in out if file.exists())
+    return Ended(codes, said, time.perf_counter() - begin)
 
   def up_to(self, name: str, workdir: Path) -> Path:
     """A copy of the reference as it is before a stage."""
@@ -179,32 +217,36 @@ class Drill:
 
   def kill(self, case: int) -> tuple[str, str]:
     """SIGKILL before a change to the files, or at a moment; then a start to the end of the stage."""
-    changes = [(name, i) for name in NAMES for i in range(self._notes[name]["changes"])]
+    changes = [
+      (name, process, i) for name in NAMES for process, n in enumerate(self._notes[name]["changes"]) for i in range(n)
+    ]
     if case % 2 == 0 and case // 2 < len(changes):
       # Every second case, the changes in an order in which any number of them is spread over all.
-      name, change = changes[int(np.random.default_rng(0).permutation(len(changes))[case // 2])]
-      workdir, where = self.up_to(name, self.root / "case"), f"{name}, before change {change}"
+      name, victim, change = changes[int(np.random.default_rng(0).permutation(len(changes))[case // 2])]
+      workdir, when = self.up_to(name, self.root / "case"), f"before change {change}"
 
-      def watched() -> None:
-        sys.addaudithook(Watch(workdir, kill_before=change))
+      def watched(process: int) -> None:
+        if process == victim:
+          sys.addaudithook(Watch(workdir, kill_before=change))
         self.run(workdir, name)
 
       ended = self.start(watched)
     else:
       rng = np.random.default_rng(case)
       seconds = np.array([self._notes[name]["seconds"] for name in NAMES])
-      ended = Ended(0, "", 0.0)
+      ended = Ended((), "", 0.0)
       while not ended.code:  # the stage may be over before its end is due
-        name = str(rng.choice(NAMES, p=seconds / seconds.sum()))
+        name, victim = str(rng.choice(NAMES, p=seconds / seconds.sum())), int(rng.integers(self.processes))
         after = float(rng.uniform(0, self._notes[name]["seconds"]))
-        workdir, where = self.up_to(name, self.root / "case"), f"{name}, after {after:.2f} s"
-        ended = self.start(functools.partial(self.run, workdir, name), kill_after=after)
-    if ended.code != -signal.SIGKILL:
-      return where, f"ended with {ended.code} before it was killed: {ended.said[-500:]}"
+        workdir, when = self.up_to(name, self.root / "case"), f"after {after:.2f} s"
+        ended = self.start(self.running(workdir, name), kill=(victim, after))
+    where = f"{name}, {when}" + (f", process {victim}" if self.processes > 1 else "")
+    if ended.codes[victim] != -signal.SIGKILL or _STUCK in ended.codes:
+      return where, f"ended with {ended.codes}: {ended.said[-500:]}"
     return where, self._again(workdir, name)
 
   def _again(self, workdir: Path, *names: str) -> str:
-    ended = self.start(lambda: self.run(workdir, *names))
+    ended = self.start(self.running(workdir, *names))
     if ended.code:
       return f"the next start ended with {ended.code}: {ended.said[-500:]}"
     return self.same(workdir, *names)
@@ -226,7 +268,7 @@ class Drill:
     names = NAMES[NAMES.index(stage) : NAMES.index(readers[file]) + 1]
     workdir = self.up_to(readers[file], self.root / "case")
     where = f"{file}: {_damage(workdir / file, kind, rng)}"
-    ended = self.start(lambda: self.run(workdir, *names))
+    ended = self.start(self.running(workdir, *names))
     if ended.code:
       return where, f"the start ended with {ended.code}: {ended.said[-500:]}"
     if file.partition("/")[2] not in ended.said:
@@ -237,9 +279,9 @@ class Drill:
     workdir = self.root / "case"
     while True:
       self.up_to("gkd", workdir)
-      change = int(rng.integers(self._notes["gkd"]["changes"]))
+      change = int(rng.integers(self._notes["gkd"]["changes"][0]))
 
-      def watched(change: int = change) -> None:
+      def watched(_: int, change: int = change) -> None:
         sys.addaudithook(Watch(workdir, kill_before=change))
         self.run(workdir, "gkd")
 
@@ -251,7 +293,7 @@ class Drill:
         break
     file = files[int(rng.integers(len(files)))]
     where = f"{file.relative_to(workdir)}: {_damage(file, kind, rng)}"
-    ended = self.start(lambda: self.run(workdir, "gkd"))
+    ended = self.start(self.running(workdir, "gkd"))
     if ended.code:
       return where, f"the start ended with {ended.code}: {ended.said[-500:]}"
     if "checkpoint" not in ended.said:
@@ -272,7 +314,7 @@ class Drill:
       used = shutil.disk_usage(disk).used
       subprocess.run([*mount, f"remount,size={used + room:.0f}"], check=True)
       where = f"{name}, with room for {room / size[name]:.0%} of it"
-      ended = self.start(lambda: self.run(workdir, name))
+      ended = self.start(self.running(workdir, name))
       subprocess.run([*mount, "remount,size=1g"], check=True)
       if ended.code != 1 or not ("no space left" in ended.said or "are free" in ended.said):
         return where, f"ended with {ended.code}: {ended.said[-800:]}"
@@ -283,6 +325,24 @@ class Drill:
 
 def _bytes(folder: Path) -> int:
   return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return int(s.getsockname()[1])
+
+
+def _end(process: int, deadline: float) -> int:
+  """A child's exit status; `_STUCK`, and its end, if there is none until then."""
+  while time.perf_counter() < deadline:
+    found, status = os.waitpid(process, os.WNOHANG)
+    if found:
+      return os.waitstatus_to_exitcode(status)
+    time.sleep(0.01)
+  os.kill(process, signal.SIGKILL)
+  os.waitpid(process, 0)
+  return _STUCK
 
 
 def _child(work: Callable[[], object], out: Path, *, cache: Path) -> NoReturn:
@@ -296,6 +356,8 @@ def _child(work: Callable[[], object], out: Path, *, cache: Path) -> NoReturn:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     work()
+    if distributed.count() > 1:
+      jax.distributed.shutdown()  # as at the end of an interpreter
     code = 0
   except puzzle_jax.PuzzleError as e:
     print("error:", e, file=sys.stderr)
@@ -346,14 +408,15 @@ def _recorded(tally: list[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
   del argv
   root = Path(_WORKDIR.value)
-  root.mkdir(parents=True, exist_ok=True)
   drill, path, progress = Drill(root), root / "tally.jsonl", Progress()
+  of_two = Drill(root / "two", processes=2) if _COUNTS["kills_of_two"].value else drill
+  cases = {"kills": drill.kill, "kills_of_two": of_two.kill, "damages": drill.damage, "full_disks": drill.full_disk}
   tally = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
   for kind, count in _COUNTS.items():
     done = sum(case["kind"] == kind for case in tally)
     with progress.bar(kind, total=max(count.value, done), unit="case", done=done) as bar:
       for number in range(done, count.value):
-        where, wrong = getattr(drill, kind.removesuffix("s"))(number)
+        where, wrong = cases[kind](number)
         tally.append({"kind": kind, "number": number, "where": where, "wrong": wrong})
         with path.open("a") as f:
           print(json.dumps(tally[-1]), file=f)

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.costs.differences import fit, quiet_mean
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.model import decoder
-from puzzle_jax.model.language_model import cache_length, decode_step, prompt_length
+from puzzle_jax.model.language_model import cache_length, decode_step, empty_cache, prompt_length
 from puzzle_jax.progress import Progress
 from puzzle_jax.space import Space
 
@@ -74,19 +75,20 @@ class _Program:
 
   def __init__(self, architecture: Architecture, params: Any, *, batch: int, tokens: int, start: int, slots: int):
     self._architecture, self._params, self._steps = architecture, params, 0
-    shape = (batch, tokens)
-    self._tokens = jnp.ones(shape, jnp.int32)
-    self._positions = jnp.broadcast_to(start + jnp.arange(tokens), shape)
-    self._last = jnp.full(batch, tokens - 1)
-    self._cache = decoder.empty_cache(architecture, batch=batch, length=slots)
+    self._mesh, shape = mesh_lib.mesh_of(params), (batch, tokens)
+    where = (
+      jnp.ones(shape, jnp.int32),
+      jnp.broadcast_to(start + jnp.arange(tokens), shape),
+      jnp.full(batch, tokens - 1),
+    )
+    self._where = where if self._mesh is None else mesh_lib.put(self._mesh, where, P())
+    self._cache = empty_cache(architecture, self._mesh, batch=batch, length=slots)
 
   def __call__(self, steps: int) -> float:
     """Seconds of one of `steps` calls in a row."""
     begin = time.perf_counter()
     for _ in range(steps):
-      logits, self._cache = decode_step(
-        self._architecture, self._params, self._tokens, self._positions, self._last, self._cache
-      )
+      logits, self._cache = decode_step(self._architecture, self._params, *self._where, self._cache, mesh=self._mesh)
     logits.block_until_ready()
     return (time.perf_counter() - begin) / steps
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from puzzle_jax import divergence
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
@@ -68,12 +70,13 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Reque
   return found
 
 
-@functools.partial(jax.jit, static_argnames="architecture")
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"))
 def _tokens(
-  architecture: Architecture, params: decoder.Tree, inputs_BT: jax.Array, targets_BT: jax.Array
+  architecture: Architecture, params: decoder.Tree, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
   """Log likelihood of each target, and whether it is the likeliest token; [B, T]."""
-  hidden_BTD = decoder.apply(architecture, params, inputs_BT).hidden_BTD
+  rows = mesh_lib.rows_on(mesh, len(inputs_BT))
+  hidden_BTD = decoder.apply(architecture, params, inputs_BT, rows=rows).hidden_BTD
   hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
   nll_N, greedy_N = divergence.nll_and_greedy(hidden_ND, decoder.head_weights(params), targets_BT.reshape(-1))
   return -nll_N.reshape(inputs_BT.shape), greedy_N.reshape(inputs_BT.shape)
@@ -91,14 +94,14 @@ def score(
 
   Args:
     architecture: of the model.
-    params: its parameters, the "layers" form.
+    params: its parameters, the "layers" form, on one device or a mesh.
     requests: in any order.
     batch_tokens: on the device at once (more where one row has more).
 
   Raises:
     PuzzleError: a request longer than the model's context, its last token aside.
   """
-  limit = architecture.config.max_context
+  limit, mesh = architecture.config.max_context, mesh_lib.mesh_of(params)
   by_length = collections.defaultdict[int, list[int]](list)
   for index, request in enumerate(requests):
     if not 1 <= request.start < len(request.ids) <= limit + 1:
@@ -115,7 +118,7 @@ def score(
       for row, index in enumerate(here):
         ids = requests[index].ids
         inputs_BT[row, : len(ids) - 1], targets_BT[row, : len(ids) - 1] = ids[:-1], ids[1:]
-      log_p_BT, greedy_BT = jax.device_get(_tokens(architecture, params, inputs_BT, targets_BT))
+      log_p_BT, greedy_BT = mesh_lib.fetch(_tokens(architecture, params, inputs_BT, targets_BT, mesh))
       for row, index in enumerate(here):
         counts = slice(requests[index].start - 1, len(requests[index].ids) - 1)
         total = float(log_p_BT[row, counts].astype(np.float64).sum())

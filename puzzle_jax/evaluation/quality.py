@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from puzzle_jax import data, divergence
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture
 from puzzle_jax.model import decoder
 from puzzle_jax.scoring import mean_and_error
@@ -15,21 +17,33 @@ from puzzle_jax.scoring import mean_and_error
 Model = tuple[Architecture, Any]
 
 
-@functools.partial(jax.jit, static_argnames=("child", "parent"))
+@functools.partial(jax.jit, static_argnames=("child", "parent", "mesh"))
 def _rows(
-  child: Architecture, child_params: Any, parent: Architecture, parent_params: Any, batch: data.PackedText
+  child: Architecture,
+  child_params: Any,
+  parent: Architecture,
+  parent_params: Any,
+  batch: data.PackedText,
+  mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
   """KL and negative log likelihoods of both, summed over each row, and each row's number of predicted tokens."""
   mask_BT = data.target_mask(batch.segment_ids)
   targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
   hidden, heads = {}, {}
   for name, architecture, params in (("child", child, child_params), ("parent", parent, parent_params)):
-    out = decoder.apply(architecture, params, batch.tokens, positions_BT=batch.positions, segments_BT=batch.segment_ids)
+    out = decoder.apply(
+      architecture,
+      params,
+      batch.tokens,
+      positions_BT=batch.positions,
+      segments_BT=batch.segment_ids,
+      rows=mesh_lib.rows_on(mesh, batch.num_rows),
+    )
     hidden[name], heads[name] = out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(params)
-  kl_T, nll_T = divergence.kl_and_nll((hidden["child"], heads["child"]), (hidden["parent"], heads["parent"]), targets_T)
-  _, parent_nll_T = divergence.kl_and_nll(
-    (hidden["parent"], heads["parent"]), (hidden["parent"], heads["parent"]), targets_T
-  )
+  ours, theirs = ((hidden[name], heads[name]) for name in ("child", "parent"))
+  shards = mesh_lib.row_shards(mesh, batch.num_rows) if mesh else 1
+  kl_T, nll_T = divergence.kl_and_nll(ours, theirs, targets_T, shards=shards)
+  _, parent_nll_T = divergence.kl_and_nll(theirs, theirs, targets_T, shards=shards)
   values = {"kl": kl_T, "child": nll_T, "parent": parent_nll_T}
   return {k: jnp.sum(v.reshape(mask_BT.shape) * mask_BT, axis=1) for k, v in values.items()} | {
     "tokens": jnp.sum(mask_BT, axis=1)
@@ -40,7 +54,7 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
   """Quality of a child on packed rows.
 
   Args:
-    child: architecture and parameters.
+    child: architecture and parameters; both models on one device, or on one mesh.
     parent: the same.
     packed: held-out rows.
     batch_rows: rows on the device at once.
@@ -51,10 +65,12 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
     `loss_change_stderr`, standard errors over rows, the latter of paired rows.
   """
   sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
+  mesh = mesh_lib.mesh_of(parent[1])
   for start in range(0, len(packed.tokens), batch_rows):
-    rows = slice(start, start + batch_rows)
-    batch = packed.rows(rows)
-    for name, values in jax.device_get(_rows(*child, *parent, batch)).items():
+    batch = packed.rows(slice(start, start + batch_rows))
+    if mesh:
+      batch = mesh_lib.put(mesh, batch, mesh_lib.rows_spec(mesh, batch.num_rows))
+    for name, values in mesh_lib.fetch(_rows(*child, *parent, batch, mesh)).items():
       sums[name] += np.asarray(values, np.float64).tolist()
   tokens = np.array(sums["tokens"])
   kl, kl_stderr = mean_and_error(np.array(sums["kl"]), tokens)

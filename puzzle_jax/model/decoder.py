@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 from puzzle_jax.model import subblocks
@@ -83,6 +84,7 @@ def apply(
   cache: list[Cache] | None = None,
   dtype: Any = jnp.float32,
   remat: bool = False,
+  rows: NamedSharding | None = None,
 ) -> Output:
   """Runs the model.
 
@@ -95,15 +97,21 @@ def apply(
     cache: of `empty_cache`; tokens are written to the slots that `positions_BT` names.
     dtype: of the matrix products; the residual stream, norms, softmax and rotary tables are fp32 throughout.
     remat: recompute each block's inside in the backward pass.
+    rows: how the rows of the residual stream lie on devices, there to be kept through all blocks; None: anyhow.
   """
   config = architecture.config
   if positions_BT is None:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
   context = context_of(config, positions_BT, segments_BT=segments_BT, dtype=dtype)
-  x = embed(params, tokens_BT)
+
+  def kept(x: jax.Array) -> jax.Array:
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
   def block(spec: BlockSpec, layer: Tree, x: jax.Array, layer_cache: Cache | None) -> tuple[jax.Array, Cache]:
-    return block_apply(spec, config, layer, x, context=context, cache=layer_cache)
+    x, layer_cache = block_apply(spec, config, layer, x, context=context, cache=layer_cache)
+    return kept(x), layer_cache
+
+  x = kept(embed(params, tokens_BT))
 
   run_block = jax.checkpoint(block, static_argnums=0) if remat else block
   outputs, new_cache = [], []

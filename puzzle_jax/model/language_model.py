@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
-from puzzle_jax.parents import open_parent
+from puzzle_jax.parents import Parent, open_parent
 from puzzle_jax.tokenizer import Tokenizer
 
 # Prompts and caches are rounded up to these numbers of tokens, so that few programs are compiled.
@@ -30,7 +33,7 @@ def cache_length(tokens: int) -> int:
   return tokens + -tokens % _CACHE_STEP
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "dtype"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"), donate_argnames="cache")
 def decode_step(
   architecture: Architecture,
   params: decoder.Tree,
@@ -40,15 +43,29 @@ def decode_step(
   cache: list[Any],
   *,
   dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[Any]]:
   """Logits [B, V] after column `last_B` of the tokens, and the cache with all of them: prefill and decoding alike.
 
-  Columns behind `last_B` are padding: later steps overwrite their slots before anything attends to them.
+  Columns behind `last_B` are padding: later steps overwrite their slots before anything attends to them. With a mesh,
+  the cache stays on it as `empty_cache` lays it.
   """
   out = decoder.apply(architecture, params, tokens_BT, positions_BT=positions_BT, cache=cache, dtype=dtype)
   assert out.cache is not None
   hidden_B1D = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
-  return decoder.logits(params, hidden_B1D)[:, 0], out.cache
+  logits = decoder.logits(params, hidden_B1D)[:, 0]
+  if mesh is None:
+    return logits, out.cache
+  cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), out.cache)
+  return mesh_lib.laid(mesh, logits, P()), cache
+
+
+def empty_cache(architecture: Architecture, mesh: Mesh | None, *, batch: int, length: int) -> list[Any]:
+  """`decoder.empty_cache`, on a mesh if there is one: its heads along `model`."""
+  cache = decoder.empty_cache(architecture, batch=batch, length=length)
+  if mesh is None:
+    return cache
+  return jax.tree.map(lambda x: mesh_lib.put(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), cache)
 
 
 @jax.jit
@@ -77,11 +94,25 @@ class LanguageModel:
   tokenizer: Tokenizer
 
   @classmethod
-  def open(cls, source: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> "LanguageModel":
+  def open(
+    cls, source: str | os.PathLike[str], *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+  ) -> "LanguageModel":
     """Opens all that `--config.parent` takes: a Hugging Face directory or id, a GGUF file, a child's directory."""
     parent = open_parent(os.fspath(source))
-    params = parent.head() | {"layers": [parent.layer(i) for i in range(parent.architecture.num_layers)]}
-    return cls(parent.architecture, to_device(params, dtype=dtype), parent.tokenizer())
+    return cls.of(parent, parent.tokenizer(), dtype=dtype, mesh=mesh)
+
+  @classmethod
+  def of(
+    cls, parent: Parent, tokenizer: Tokenizer, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+  ) -> "LanguageModel":
+    """On one device, or layer by layer on those of a mesh (`mesh.shard_weights`)."""
+    layers = range(parent.architecture.num_layers)
+    if mesh is None or mesh.size == 1:
+      params = to_device(parent.head() | {"layers": [parent.layer(i) for i in layers]}, dtype=dtype)
+    else:
+      params = mesh_lib.shard_weights(mesh, parent.head(dtype))
+      params["layers"] = [mesh_lib.shard_weights(mesh, parent.layer(i, dtype)) for i in layers]
+    return cls(parent.architecture, params, tokenizer)
 
   def generate_ids(
     self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
@@ -97,19 +128,21 @@ class LanguageModel:
         f"prompt of {len(prompt)} and answer of {max_new_tokens} tokens must have 1 to {limit} together"
       )
     padding = prompt_length(len(prompt)) - len(prompt)
-    cache = decoder.empty_cache(self.architecture, batch=1, length=cache_length(total))
-    tokens = jnp.asarray([[*prompt, *[0] * padding]], jnp.int32)
-    positions = jnp.arange(len(prompt) + padding)[None]
-    last = jnp.asarray([len(prompt) - 1])
+    mesh = mesh_lib.mesh_of(self.params)
+    cache = empty_cache(self.architecture, mesh, batch=1, length=cache_length(total))
+    tokens = np.array([[*prompt, *[0] * padding]], np.int32)
+    positions = np.arange(len(prompt) + padding, dtype=np.int32)[None]
+    last = np.array([len(prompt) - 1], np.int32)
     key = jax.random.key(seed)
     answer: list[int] = []
     while len(answer) < max_new_tokens:
-      logits, cache = decode_step(self.architecture, self.params, tokens, positions, last, cache)
-      token = _sample(logits, temperature, jax.random.fold_in(key, len(answer)))
+      logits, cache = decode_step(self.architecture, self.params, tokens, positions, last, cache, mesh=mesh)
+      token = np.asarray(_sample(mesh_lib.gathered(logits), temperature, jax.random.fold_in(key, len(answer))))
       if int(token[0]) in self.tokenizer.stop_ids:
         break
       answer.append(int(token[0]))
-      tokens, positions, last = token[:, None], jnp.asarray([[len(prompt) + len(answer) - 1]]), jnp.asarray([0])
+      tokens, last = token[:, None], np.zeros(1, np.int32)
+      positions = np.array([[len(prompt) + len(answer) - 1]], np.int32)
     return answer
 
   def generate(self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
