@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from puzzle_jax import bld, flops, memory
+from puzzle_jax import answers, bld, flops, memory
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.config import RunConfig
 from puzzle_jax.data.sampling import PARENT
@@ -63,6 +63,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     for x in set(space.layers)
   )
   gkd_batch = config.gkd.batch_rows * data.seq_len
+  cached = bool(config.gkd.steps) and config.gkd.teacher == "cached"
   evaluation = config.evaluation
   return {
     "data": _data(config, parent),
@@ -93,9 +94,12 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "child": Need(0, head + layer, params),
     "gkd": Need(
       # The parent forward; the child forward, perhaps again in the backward pass, and twice that backward.
-      config.gkd.steps * gkd_batch * (4 + config.gkd.remat) * forward,
+      config.gkd.steps * gkd_batch * (3 + config.gkd.remat) * forward
+      + (data.gkd_tokens if cached else config.gkd.steps * gkd_batch) * forward,
       gkd_bytes(config, parent, MeshConfig()),
-      params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
+      params
+      + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps)
+      + data.gkd_tokens * answers.bytes_per_token(model.vocab_size, config.gkd.kl_top_k) * cached,
     ),
     "evaluation": Need(
       (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read

@@ -320,7 +320,7 @@ def make_gkd(run: Run, store: StageStore) -> None:
 
   distributed.by_first(write)
   store.reload()
-  gkd.forget_checkpoints(checkpoints)
+  gkd.forget(checkpoints)
 
 
 def make_evaluation(run: Run, store: StageStore) -> None:
