@@ -100,8 +100,14 @@ def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
     "seed": config.seed,
   }
   spare = 2 * config.seq_len  # shares are rounded to rows, in two sets a part
+
+  def sampler() -> sampling.Sampler:
+    # Not the run's own parent, which would stay on the device while blocks are distilled.
+    parent = LanguageModel.open(run.config.parent, dtype=config.sampling.dtype)
+    return sampling.Sampler(parent, config.sampling, texts.train if texts else [], seed=config.seed)
+
   return sampling.load(
-    lambda: sampling.Sampler(run.parent_model, config.sampling, texts.train if texts else [], seed=config.seed),
+    sampler,
     run.tokenizer,
     folder=run.workdir.scratch("datasets") / digest(made_from)[:16],
     part_documents=config.sampling.part_documents,
