@@ -21,6 +21,7 @@ from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
+from puzzle_jax.search.baselines import BASELINES, MIP
 from puzzle_jax.serving.engines import by_name
 from puzzle_jax.serving.hf_export import DTYPES as EXPORT_DTYPES
 
@@ -164,6 +165,8 @@ class SearchConfig:
     frontier: values of `limits.min_speedup` to solve for besides the target.
     engine: of `serving.engines.ENGINES`: choose only what it runs; empty: anything.
     refine_rounds: of scoring blocks in the search's child and searching again (`refine`).
+    rule: "mip", or one of `search.baselines.BASELINES`, to see what the search is worth.
+    seed: of the rule random_feasible.
   """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
@@ -171,9 +174,14 @@ class SearchConfig:
   frontier: tuple[float, ...] = ()
   engine: str = ""
   refine_rounds: int = 0
+  rule: str = MIP
+  seed: int = 0
 
   def __post_init__(self) -> None:
     _at_least(0, "search", margin=self.margin, refine_rounds=self.refine_rounds)
+    _one_of("search.rule", self.rule, (MIP, *BASELINES))
+    if self.rule != MIP and self.refine_rounds:
+      raise PuzzleError(f"search.rule={self.rule!r} does not refine; set search.refine_rounds=0")
     if self.engine:
       by_name(self.engine)
 
@@ -260,6 +268,8 @@ class RunConfig:
         f"evaluation.contexts={self.evaluation.contexts} has a row longer than all of "
         f"data.eval_tokens={self.data.eval_tokens}; raise the latter"
       )
+    if self.search.rule != MIP and self.coupled.wanted:
+      raise PuzzleError(f"search.rule={self.search.rule!r} cannot choose among coupled pairs; leave one of them out")
     if self.scores.metric == "accuracy" and not self.data.task:
       raise PuzzleError("scores.metric='accuracy' needs a task; name a file of JSON lines with data.task")
 

@@ -24,6 +24,7 @@ from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
+from puzzle_jax.search.baselines import chosen
 from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
@@ -235,7 +236,7 @@ def make_search(run: Run, store: StageStore) -> None:
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
   with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
-    (solution,) = search_lib.solve(tables, config.searched)
+    solution = chosen(tables, config.searched, rule=config.rule, seed=config.seed)
     points = []
     for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched):
       if point.solution is not None:
