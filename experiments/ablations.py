@@ -86,10 +86,9 @@ class Study:
   def __init__(self, root: Path, record: Path, changed: Any):
     self._root, self._path, self._changed = root, record, changed
     base = config_of(ablations.BASE, 0, changed)
-    self._record = (
-      read_json(record) if record.exists() else arms.header("ablations", root, base) | {"texts": {}, "arms": {}}
-    )
-    if self._record["config"] != json.loads(json.dumps(base.to_dict())):
+    new = json.loads(json.dumps(arms.header("ablations", root, base) | {"texts": {}, "arms": {}}))
+    self._record = read_json(record) if record.exists() else new
+    if self._record["config"] != new["config"]:
       raise PuzzleError(f"{record} is of another base config; name another --record, or delete it")
     self._base = puzzle_jax.run(base, self._folder(ablations.BASE, 0), stages=SHARED)
     rows_of = dict(suite.texts(self._base))

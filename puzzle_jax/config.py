@@ -48,6 +48,8 @@ class DataConfig:
     source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, `tfds:NAME`, or `parent` (text that the parent
       writes); several, separated by commas, are mixed.
     shares: of the sources in every set, in proportion; empty: equal shares.
+    heldout_shares: the same in the sets that nothing is trained on, where a small source may count for more; empty:
+      as `shares`.
     text_field: of JSON lines.
     heldout_fraction: share of the documents that no training stage sees.
     seq_len: tokens a packed row.
@@ -63,6 +65,7 @@ class DataConfig:
 
   source: str = "stdlib"
   shares: tuple[float, ...] = ()
+  heldout_shares: tuple[float, ...] = ()
   text_field: str = "text"
   heldout_fraction: float = 0.1
   seq_len: int = 256
@@ -80,11 +83,20 @@ class DataConfig:
     """Their names, one by one."""
     return tuple(name.strip() for name in self.source.split(","))
 
+  @property
+  def shares_by_part(self) -> dict[str, tuple[float, ...]]:
+    """Of the sources, adding up to 1, by the part of their documents: `train`, `heldout`."""
+    equal = (1.0,) * len(self.sources)
+    found = {"train": self.shares or equal, "heldout": self.heldout_shares or self.shares or equal}
+    return {part: tuple(share / sum(shares) for share in shares) for part, shares in found.items()}
+
   def __post_init__(self) -> None:
     if not all(self.sources) or len(set(self.sources)) < len(self.sources):
       raise PuzzleError(f"data.source={self.source!r} must name sources, each once, separated by commas")
-    if self.shares and (len(self.shares) != len(self.sources) or min(self.shares) <= 0):
-      raise PuzzleError(f"data.shares={self.shares} must be {len(self.sources)} numbers above 0, as data.source names")
+    for name in ("shares", "heldout_shares"):
+      shares = getattr(self, name)
+      if shares and (len(shares) != len(self.sources) or min(shares) <= 0):
+        raise PuzzleError(f"data.{name}={shares} must be {len(self.sources)} numbers above 0, as data.source names")
     _at_least(2, "data", seq_len=self.seq_len)
     _at_least(1, "data", task_items=self.task_items)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
@@ -165,6 +177,7 @@ class SearchConfig:
     frontier: values of `limits.min_speedup` to solve for besides the target.
     engine: of `serving.engines.ENGINES`: choose only what it runs; empty: anything.
     refine_rounds: of scoring blocks in the search's child and searching again (`refine`).
+    scenario: of the cost table, `IN/OUT`, in which the limits are met; empty: in each that it has.
     rule: "mip", or one of `search.baselines.BASELINES`, to see what the search is worth.
     seed: of the rule random_feasible.
   """
@@ -174,6 +187,7 @@ class SearchConfig:
   frontier: tuple[float, ...] = ()
   engine: str = ""
   refine_rounds: int = 0
+  scenario: str = ""
   rule: str = MIP
   seed: int = 0
 

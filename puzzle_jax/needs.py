@@ -156,11 +156,11 @@ def _texts(config: RunConfig) -> int:
 def _data(config: RunConfig, parent: Architecture) -> Need:
   """The packed sets; where the parent writes text, also its weights and KV cache and what writing takes."""
   data, sampling = config.data, config.data.sampling
-  tokens = data.train_tokens + data.gkd_tokens + data.heldout_tokens + data.eval_tokens
+  parts = {"train": data.train_tokens + data.gkd_tokens, "heldout": data.heldout_tokens + data.eval_tokens}
+  tokens = sum(parts.values())
   if PARENT not in data.sources:
     return Need(disk_bytes=tokens * _TOKEN_BYTES)
-  shares = data.shares or (1.0,) * len(data.sources)
-  written = tokens * shares[data.sources.index(PARENT)] / sum(shares)
+  written = sum(parts[part] * shares[data.sources.index(PARENT)] for part, shares in data.shares_by_part.items())
   width = _WIDTHS[sampling.dtype]
   cache = parent.kv_bytes_per_token(bytes_per_value=width) * min(sampling.max_tokens, parent.config.max_context)
   return Need(

@@ -40,13 +40,13 @@ def make_data(run: Run, store: StageStore) -> None:
     "train": {"train": config.train_tokens, "gkd": config.gkd_tokens},
     "heldout": {"heldout": config.heldout_tokens, "eval": config.eval_tokens},
   }
-  shares = config.shares or (1.0,) * len(config.sources)
+  shares = config.shares_by_part
   with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
     found = {}
     for name in sorted(config.sources, key=lambda name: name == sampling.PARENT):  # what takes longest comes last
       if name == sampling.PARENT:
-        share = shares[config.sources.index(name)] / sum(shares)
-        found[name] = _parent_text(run, {part: share * sum(sets.values()) for part, sets in amounts.items()})
+        own = {part: of[config.sources.index(name)] for part, of in shares.items()}
+        found[name] = _parent_text(run, {part: own[part] * sum(sets.values()) for part, sets in amounts.items()})
       else:
         found[name] = _documents(run, name)
       bar.update()
@@ -139,7 +139,8 @@ def check_target(run: Run) -> None:
   """Refuses a target that no child of the space can meet, before anything is distilled: the search without scores."""
   free = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in run.space.layers]
   blocks = costs_lib.block_table(run.parent.architecture, run.space, free, run.costs)
-  search_lib.solve(_choices(run, Table.from_json(blocks)), run.config.search.searched)
+  config = run.config.search
+  search_lib.solve(_choices(run, Table.from_json(blocks)), config.searched, scenario=config.scenario or None)
 
 
 def make_activations(run: Run, store: StageStore) -> None:
@@ -236,9 +237,10 @@ def make_search(run: Run, store: StageStore) -> None:
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
   with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
-    solution = chosen(tables, config.searched, rule=config.rule, seed=config.seed)
+    where: dict[str, Any] = {"scenario": config.scenario or None}
+    solution = chosen(tables, config.searched, rule=config.rule, seed=config.seed, **where)
     points = []
-    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched):
+    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched, **where):
       if point.solution is not None:
         figures = {k: v for k, v in point.solution.to_json().items() if k != "timing"}
         points.append({"min_speedup": point.value} | figures)
@@ -248,7 +250,12 @@ def make_search(run: Run, store: StageStore) -> None:
     if config.refine_rounds:
       children = refine.Children(run)
       for found in refine.refine(
-        children, config.searched, rounds=config.refine_rounds, metric=metric, restrict=lambda t: _choices(run, t)
+        children,
+        config.searched,
+        rounds=config.refine_rounds,
+        metric=metric,
+        restrict=lambda t: _choices(run, t),
+        **where,
       ):
         rounds.append(found)
         bar.set_postfix_str(f"{metric} {found.score:.4f}", refresh=False)

@@ -193,12 +193,12 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def chosen(table: Tables, limits: Limits, *, rule: str = MIP, seed: int = 0) -> Solution:
+def chosen(table: Tables, limits: Limits, *, rule: str = MIP, seed: int = 0, scenario: str | None = None) -> Solution:
   """The child of a rule: the search's, or a baseline's; `seed` is that of random ones."""
   if rule == MIP:
-    return solve(table, limits)[0]
+    return solve(table, limits, scenario=scenario)[0]
   drawn: dict[str, Any] = {"seed": seed} if rule == random_feasible.__name__ else {}
-  return BASELINES[rule](table, limits, **drawn)[0]
+  return BASELINES[rule](table, limits, scenario=scenario, **drawn)[0]
 
 
 def compare(
