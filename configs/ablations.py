@@ -28,7 +28,7 @@ BLD = BLDConfig(steps=STEPS, batch_rows=32, learning_rate=5e-4, warmup_steps=20,
 
 
 def _mix(*, cosine: float = 0.0, kl: float = 0.0, lm: float = 0.0, **others: Any) -> dict[str, dict[str, Any]]:
-  return {"gkd": {"cosine_weight": cosine, "kl_weight": kl, "lm_weight": lm} | others}
+  return {"gkd": {"cosine_weight": cosine, "kl_weight": kl, "lm_weight": lm, **others}}
 
 
 # What each arm changes, by section.
@@ -36,16 +36,16 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
   BASE: {},
   # The eight mixes of the paper's table; the base is cosine + KL.
   "gkd_none": {"gkd": {"steps": 0}},
-  "gkd_lm": _mix(lm=1),
-  "gkd_kl": _mix(kl=1),
-  "gkd_cosine": _mix(cosine=1),
-  "gkd_lm_cosine": _mix(lm=1, cosine=1),
-  "gkd_lm_kl": _mix(lm=1, kl=1),
-  "gkd_lm_cosine_kl": _mix(lm=1, cosine=1, kl=1),
+  "gkd_lm": _mix(lm=1.0),
+  "gkd_kl": _mix(kl=1.0),
+  "gkd_cosine": _mix(cosine=1.0),
+  "gkd_lm_cosine": _mix(lm=1.0, cosine=1.0),
+  "gkd_lm_kl": _mix(lm=1.0, kl=1.0),
+  "gkd_lm_cosine_kl": _mix(lm=1.0, cosine=1.0, kl=1.0),
   # Of the KL, and of how the parent answers.
   "kl_temperature_2": {"gkd": {"kl_temperature": 2.0}},
-  "kl_top_64": _mix(kl=1, kl_top_k=64),
-  "kl_top_64_cached": _mix(kl=1, kl_top_k=64, teacher="cached"),
+  "kl_top_64": _mix(kl=1.0, kl_top_k=64),
+  "kl_top_64_cached": _mix(kl=1.0, kl_top_k=64, teacher="cached"),
   "attention_fast": {"gkd": {"attention": "fast"}},
   # The library.
   "random_start": {"gkd": {"start": "random"}},

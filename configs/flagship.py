@@ -98,7 +98,9 @@ def get_config() -> ml_collections.ConfigDict:
         attention="fast",
         remat=False,
       ),
-      evaluation=EvaluationConfig(batch_rows=8, prompts=PROMPTS, max_new_tokens=64, contexts=(512, 2048, 8192)),
+      evaluation=EvaluationConfig(
+        batch_rows=8, prompts=PROMPTS, max_new_tokens=64, contexts=(512, 2048, 8192), timed=False
+      ),
     )
   )
 

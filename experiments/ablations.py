@@ -32,6 +32,7 @@ from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.runs import Run
 from puzzle_jax.search import Limits
+from puzzle_jax.search import baselines as search_rules
 from puzzle_jax.store import read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the arms' runs.", required=True)
@@ -51,7 +52,9 @@ BLOCK = 4  # rows whose losses the record adds up
 def config_of(arm: str, seed: int, changed: Any) -> RunConfig:
   """An arm's config for one of its seeds, with the fields that were given for all."""
   values = ablations.get_config(arm)
-  values.gkd.seed = values.search.seed = seed
+  values.gkd.seed = seed
+  if values.search.rule == search_rules.random_feasible.__name__:
+    values.search.seed = seed
   values.data.source = values.data.source.replace(ablations.TEXT, changed.data.source)
   return arms.with_changes(values, ablations.get_config(), changed)
 

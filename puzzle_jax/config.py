@@ -217,6 +217,8 @@ class EvaluationConfig:
     texts: paths or globs of other texts to measure them on, `data.eval_tokens` of each.
     tasks: files of JSON lines (`evaluation.tasks`).
     task_items: of each task, the first; 0: all.
+    timed: time parent and child in JAX, in the scenario and batch that the search chose. Where its costs are those of
+      another engine, whose batch may be larger than JAX has room for, `experiments.serve_compare` measures instead.
   """
 
   batch_rows: int = 2
@@ -226,6 +228,7 @@ class EvaluationConfig:
   texts: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ()
   task_items: int = 0
+  timed: bool = True
 
   def __post_init__(self) -> None:
     _at_least(1, "evaluation", batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)

@@ -103,7 +103,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     ),
     "evaluation": Need(
       (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read
-      + 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
+      + evaluation.timed * 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
       4 * params
       + max(

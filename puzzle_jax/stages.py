@@ -360,12 +360,14 @@ def make_evaluation(run: Run, store: StageStore) -> None:
         sample[name] = model.chat(prompt, max_new_tokens=config.max_new_tokens)
         bar.update()
       samples.append(sample)
-    seconds = jax_timing.time_models(
-      {"parent": teacher, "child": student},
-      scenario=run.config.costs.scenario,
-      batch=run.solution["batch"],
-      config=run.config.costs.timing,
-    )
+    seconds = {}
+    if config.timed:
+      seconds = jax_timing.time_models(
+        {"parent": teacher, "child": student},
+        scenario=run.config.costs.scenario,
+        batch=run.solution["batch"],
+        config=run.config.costs.timing,
+      )
     bar.update()
   if of_tasks.answers:
     store.put_arrays("answers.safetensors", of_tasks.answers)
