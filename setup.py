@@ -12,11 +12,15 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 FOR_THIS_REPOSITORY = {
+  "ablation_table",
+  "ablations",
+  "arms",
   "block_library",
   "compare",
   "golden",
   "interactions",
   "keep_record",
+  "paired",
   "pictures",
   "readme",
   "record",

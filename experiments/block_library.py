@@ -4,12 +4,9 @@ Each arm is a run of its own below the work directory; started again, it goes on
 variant and layer, the held-out loss before and after training and what the variant costs in the parent (KL).
 """
 
-import datetime
-import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -17,10 +14,8 @@ from ml_collections import config_flags
 
 import puzzle_jax
 from configs import block_library
-from experiments import RESULTS
-from puzzle_jax.config import RunConfig
-from puzzle_jax.costs import jax_timing
-from puzzle_jax.runs import Run, versions
+from experiments import RESULTS, arms
+from puzzle_jax.runs import Run
 from puzzle_jax.store import write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the arms' runs.", required=True)
@@ -29,19 +24,6 @@ _NAME = flags.DEFINE_string("name", "block_library", "Of the record: experiments
 _CHANGES = config_flags.DEFINE_config_dict(
   "change", block_library.get_config(), "Fields that all arms share, as in --change.data.source=TEXT.jsonl.gz."
 )
-_SHARED = ("data", "datasets", "activations", "costs")  # what no arm changes
-
-
-def config_of(arm: str, shared: dict[str, Any]) -> RunConfig:
-  """An arm, with the fields that were given for all."""
-  values = block_library.get_config(arm)
-  base = block_library.get_config().to_dict()
-  for section, fields in shared.items():
-    if isinstance(fields, dict):
-      values[section].update({k: v for k, v in fields.items() if v != base[section][k]})
-    elif fields != base[section]:
-      values[section] = fields
-  return RunConfig.from_dict(values.to_dict())
 
 
 def found(run: Run) -> dict[str, dict[str, list[float]]]:
@@ -76,35 +58,24 @@ def pairs(run: Run) -> dict[str, dict[str, list[float]]]:
 
 def main(argv: list[str]) -> None:
   del argv
-  root, first, arms = Path(_WORKDIR.value), None, {}
+  root, base, first, results = Path(_WORKDIR.value), block_library.get_config(), None, {}
   for arm in _ARMS.value:
     folder = root / arm
-    if first is not None:
-      for name in _SHARED:
-        if not (folder / name).exists():
-          shutil.copytree(first / name, folder / name)
     stages = ["data", "costs", "activations", "library", "scores"]
-    config = config_of(arm, _CHANGES.value.to_dict())
+    config = arms.with_changes(block_library.get_config(arm), base, _CHANGES.value)
     if config.coupled.wanted:
       stages += ["search", "coupled"]
     try:
-      run = puzzle_jax.run(config, folder, stages=stages)
+      run = puzzle_jax.run(config, folder, stages=stages, reuse=first)
     except puzzle_jax.PuzzleError as e:
       sys.exit(f"error: {arm}: {e}")
     first = first or folder
     seconds = {name: run.store(name).record["timing"]["seconds"] for name in ("library", "scores")}
-    arms[arm] = {"changes": block_library.ARMS[arm], "variants": found(run), "pairs": pairs(run), "seconds": seconds}
+    results[arm] = {"changes": block_library.ARMS[arm], "variants": found(run), "pairs": pairs(run), "seconds": seconds}
     print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in found(run).items()}, flush=True)
     write_json(
       RESULTS / f"{_NAME.value}.json",
-      {
-        "command": f"python -m experiments.block_library --workdir=runs/{root.name}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": jax_timing.hardware(),
-        "versions": versions(),
-        "config": config_of("base", _CHANGES.value.to_dict()).to_dict(),
-        "arms": arms,
-      },
+      arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value)) | {"arms": results},
     )
 
 

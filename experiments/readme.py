@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments import ablation_table
 from puzzle_jax.arch import LinearAttention, LinearFFN
 from puzzle_jax.serving.engines import ENGINES
 
@@ -327,6 +328,15 @@ def vllm_costs() -> str:
   return f"{heading}\n\n{_table(['scenario', 'model', 'tokens/s, in and out', 'predicted', 'limit'], rows)}"
 
 
+def ablations() -> str:
+  """What each choice of the paper is worth at this scale."""
+  record = _record("ablations")
+  children = [child for arm in record["arms"].values() for child in arm["children"].values()]
+  minutes = sum(child["wall_s"] for child in children) / 60
+  heading = f"{_run_by(record)} {len(children)} children, {minutes:.0f} minutes."
+  return f"{heading}\n\n{_table(*ablation_table.rows(record))}"
+
+
 _WRITERS = (
   quickstart,
   parent_quality,
@@ -343,6 +353,7 @@ _WRITERS = (
   library_variants,
   engine_fidelity,
   vllm_costs,
+  ablations,
 )
 TABLES = {f.__name__: f for f in _WRITERS}
 

@@ -21,6 +21,7 @@ from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.scoring import GRANULARITIES, METRICS, PRECISIONS
 from puzzle_jax.search import Limits
+from puzzle_jax.search.baselines import BASELINES, MIP
 from puzzle_jax.serving.engines import by_name
 from puzzle_jax.serving.hf_export import DTYPES as EXPORT_DTYPES
 
@@ -47,6 +48,8 @@ class DataConfig:
     source: `stdlib` (built in), a path or glob of .txt/.jsonl/.jsonl.gz, `tfds:NAME`, or `parent` (text that the parent
       writes); several, separated by commas, are mixed.
     shares: of the sources in every set, in proportion; empty: equal shares.
+    heldout_shares: the same in the sets that nothing is trained on, where a small source may count for more; empty:
+      as `shares`.
     text_field: of JSON lines.
     heldout_fraction: share of the documents that no training stage sees.
     seq_len: tokens a packed row.
@@ -62,6 +65,7 @@ class DataConfig:
 
   source: str = "stdlib"
   shares: tuple[float, ...] = ()
+  heldout_shares: tuple[float, ...] = ()
   text_field: str = "text"
   heldout_fraction: float = 0.1
   seq_len: int = 256
@@ -79,11 +83,20 @@ class DataConfig:
     """Their names, one by one."""
     return tuple(name.strip() for name in self.source.split(","))
 
+  @property
+  def shares_by_part(self) -> dict[str, tuple[float, ...]]:
+    """Of the sources, adding up to 1, by the part of their documents: `train`, `heldout`."""
+    equal = (1.0,) * len(self.sources)
+    found = {"train": self.shares or equal, "heldout": self.heldout_shares or self.shares or equal}
+    return {part: tuple(share / sum(shares) for share in shares) for part, shares in found.items()}
+
   def __post_init__(self) -> None:
     if not all(self.sources) or len(set(self.sources)) < len(self.sources):
       raise PuzzleError(f"data.source={self.source!r} must name sources, each once, separated by commas")
-    if self.shares and (len(self.shares) != len(self.sources) or min(self.shares) <= 0):
-      raise PuzzleError(f"data.shares={self.shares} must be {len(self.sources)} numbers above 0, as data.source names")
+    for name in ("shares", "heldout_shares"):
+      shares = getattr(self, name)
+      if shares and (len(shares) != len(self.sources) or min(shares) <= 0):
+        raise PuzzleError(f"data.{name}={shares} must be {len(self.sources)} numbers above 0, as data.source names")
     _at_least(2, "data", seq_len=self.seq_len)
     _at_least(1, "data", task_items=self.task_items)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
@@ -164,6 +177,9 @@ class SearchConfig:
     frontier: values of `limits.min_speedup` to solve for besides the target.
     engine: of `serving.engines.ENGINES`: choose only what it runs; empty: anything.
     refine_rounds: of scoring blocks in the search's child and searching again (`refine`).
+    scenario: of the cost table, `IN/OUT`, in which the limits are met; empty: in each that it has.
+    rule: "mip", or one of `search.baselines.BASELINES`, to see what the search is worth.
+    seed: of the rule random_feasible.
   """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
@@ -171,9 +187,15 @@ class SearchConfig:
   frontier: tuple[float, ...] = ()
   engine: str = ""
   refine_rounds: int = 0
+  scenario: str = ""
+  rule: str = MIP
+  seed: int = 0
 
   def __post_init__(self) -> None:
     _at_least(0, "search", margin=self.margin, refine_rounds=self.refine_rounds)
+    _one_of("search.rule", self.rule, (MIP, *BASELINES))
+    if self.rule != MIP and self.refine_rounds:
+      raise PuzzleError(f"search.rule={self.rule!r} does not refine; set search.refine_rounds=0")
     if self.engine:
       by_name(self.engine)
 
@@ -195,6 +217,8 @@ class EvaluationConfig:
     texts: paths or globs of other texts to measure them on, `data.eval_tokens` of each.
     tasks: files of JSON lines (`evaluation.tasks`).
     task_items: of each task, the first; 0: all.
+    timed: time parent and child in JAX, in the scenario and batch that the search chose. Where its costs are those of
+      another engine, whose batch may be larger than JAX has room for, `experiments.serve_compare` measures instead.
   """
 
   batch_rows: int = 2
@@ -204,6 +228,7 @@ class EvaluationConfig:
   texts: tuple[str, ...] = ()
   tasks: tuple[str, ...] = ()
   task_items: int = 0
+  timed: bool = True
 
   def __post_init__(self) -> None:
     _at_least(1, "evaluation", batch_rows=self.batch_rows, max_new_tokens=self.max_new_tokens)
@@ -260,6 +285,8 @@ class RunConfig:
         f"evaluation.contexts={self.evaluation.contexts} has a row longer than all of "
         f"data.eval_tokens={self.data.eval_tokens}; raise the latter"
       )
+    if self.search.rule != MIP and self.coupled.wanted:
+      raise PuzzleError(f"search.rule={self.search.rule!r} cannot choose among coupled pairs; leave one of them out")
     if self.scores.metric == "accuracy" and not self.data.task:
       raise PuzzleError("scores.metric='accuracy' needs a task; name a file of JSON lines with data.task")
 

@@ -35,7 +35,11 @@ def favoured(run: Run, tables: Tables) -> list[tuple[Job, ...]]:
   children: list[tuple[str, ...]] = []
   if config.solutions:
     found = search.solve(
-      tables, run.config.search.searched, solutions=config.solutions, min_different_layers=config.min_different_layers
+      tables,
+      run.config.search.searched,
+      scenario=run.config.search.scenario or None,
+      solutions=config.solutions,
+      min_different_layers=config.min_different_layers,
     )
     children = [tuple(run.first_solution["blocks"]), *(child.blocks for child in found)]
   jobs = []
@@ -118,5 +122,6 @@ def again(run: Run, store: StageStore, choices: Any) -> search.Solution:
   score(run, store, library, jobs)
   table = table_with(run, store, jobs)
   store.put_json("table.json", table)
-  (solution,) = search.solve(choices(Table.from_json(table)), run.config.search.searched)
+  config = run.config.search
+  (solution,) = search.solve(choices(Table.from_json(table)), config.searched, scenario=config.scenario or None)
   return solution

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from puzzle_jax import bld, flops, memory
+from puzzle_jax import answers, bld, flops, memory
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.config import RunConfig
 from puzzle_jax.data.sampling import PARENT
@@ -62,6 +62,7 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     for x in set(space.layers)
   )
   gkd_batch = config.gkd.batch_rows * data.seq_len
+  cached = bool(config.gkd.steps) and config.gkd.teacher == "cached"
   evaluation = config.evaluation
   return {
     "data": _data(config, parent),
@@ -92,13 +93,16 @@ def needs(config: RunConfig, parent: Architecture, space: Space) -> Mapping[str,
     "child": Need(0, head + layer, params),
     "gkd": Need(
       # The parent forward; the child forward, perhaps again in the backward pass, and twice that backward.
-      config.gkd.steps * gkd_batch * (4 + config.gkd.remat) * forward,
+      config.gkd.steps * gkd_batch * (3 + config.gkd.remat) * forward
+      + (data.gkd_tokens if cached else config.gkd.steps * gkd_batch) * forward,
       gkd_bytes(config, parent, MeshConfig()),
-      params + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps),
+      params
+      + 2 * (3 + bool(config.gkd.ema) + bool(config.gkd.eval_steps)) * params * bool(config.gkd.steps)
+      + data.gkd_tokens * answers.bytes_per_token(model.vocab_size, config.gkd.kl_top_k) * cached,
     ),
     "evaluation": Need(
       (4 + 2 * _texts(config)) * data.eval_tokens * forward  # of tasks, nothing is known before they are read
-      + 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
+      + evaluation.timed * 2 * (config.costs.timing.rounds + 2) * _scenario(config, max(config.costs.batches), forward)
       + 2 * len(evaluation.prompts) * evaluation.max_new_tokens * forward,
       evaluation_bytes(config, parent, mesh),
     ),
@@ -174,11 +178,11 @@ def _texts(config: RunConfig) -> int:
 def _data(config: RunConfig, parent: Architecture) -> Need:
   """The packed sets; where the parent writes text, also its weights and KV cache and what writing takes."""
   data, sampling = config.data, config.data.sampling
-  tokens = data.train_tokens + data.gkd_tokens + data.heldout_tokens + data.eval_tokens
+  parts = {"train": data.train_tokens + data.gkd_tokens, "heldout": data.heldout_tokens + data.eval_tokens}
+  tokens = sum(parts.values())
   if PARENT not in data.sources:
     return Need(disk_bytes=tokens * _TOKEN_BYTES)
-  shares = data.shares or (1.0,) * len(data.sources)
-  written = tokens * shares[data.sources.index(PARENT)] / sum(shares)
+  written = sum(parts[part] * shares[data.sources.index(PARENT)] for part, shares in data.shares_by_part.items())
   width = _WIDTHS[sampling.dtype]
   cache = parent.kv_bytes_per_token(bytes_per_value=width) * min(sampling.max_tokens, parent.config.max_context)
   return Need(

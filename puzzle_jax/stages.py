@@ -25,6 +25,7 @@ from puzzle_jax.library import Library
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
+from puzzle_jax.search.baselines import chosen
 from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
@@ -40,13 +41,13 @@ def make_data(run: Run, store: StageStore) -> None:
     "train": {"train": config.train_tokens, "gkd": config.gkd_tokens},
     "heldout": {"heldout": config.heldout_tokens, "eval": config.eval_tokens},
   }
-  shares = config.shares or (1.0,) * len(config.sources)
+  shares = config.shares_by_part
   with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
     found = {}
     for name in sorted(config.sources, key=lambda name: name == sampling.PARENT):  # what takes longest comes last
       if name == sampling.PARENT:
-        share = shares[config.sources.index(name)] / sum(shares)
-        found[name] = _parent_text(run, {part: share * sum(sets.values()) for part, sets in amounts.items()})
+        own = {part: of[config.sources.index(name)] for part, of in shares.items()}
+        found[name] = _parent_text(run, {part: own[part] * sum(sets.values()) for part, sets in amounts.items()})
       else:
         found[name] = _documents(run, name)
       bar.update()
@@ -101,8 +102,14 @@ def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
     "seed": config.seed,
   }
   spare = 2 * config.seq_len  # shares are rounded to rows, in two sets a part
+
+  def sampler() -> sampling.Sampler:
+    # Not the run's own parent, which would stay on the device while blocks are distilled.
+    parent = LanguageModel.open(run.config.parent, dtype=config.sampling.dtype)
+    return sampling.Sampler(parent, config.sampling, texts.train if texts else [], seed=config.seed)
+
   return sampling.load(
-    lambda: sampling.Sampler(run.parent_model, config.sampling, texts.train if texts else [], seed=config.seed),
+    sampler,
     run.tokenizer,
     folder=run.workdir.scratch("datasets") / digest(made_from)[:16],
     part_documents=config.sampling.part_documents,
@@ -133,7 +140,8 @@ def check_target(run: Run) -> None:
   """Refuses a target that no child of the space can meet, before anything is distilled: the search without scores."""
   free = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in run.space.layers]
   blocks = costs_lib.block_table(run.parent.architecture, run.space, free, run.costs)
-  search_lib.solve(_choices(run, Table.from_json(blocks)), run.config.search.searched)
+  config = run.config.search
+  search_lib.solve(_choices(run, Table.from_json(blocks)), config.searched, scenario=config.scenario or None)
 
 
 def make_activations(run: Run, store: StageStore) -> None:
@@ -231,9 +239,10 @@ def make_search(run: Run, store: StageStore) -> None:
   store.put_json("table.json", costs_lib.block_table(run.parent.architecture, run.space, scores, run.costs))
   tables = _choices(run, run.table)
   with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
-    (solution,) = search_lib.solve(tables, config.searched)
+    where: dict[str, Any] = {"scenario": config.scenario or None}
+    solution = chosen(tables, config.searched, rule=config.rule, seed=config.seed, **where)
     points = []
-    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched):
+    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched, **where):
       if point.solution is not None:
         figures = {k: v for k, v in point.solution.to_json().items() if k != "timing"}
         points.append({"min_speedup": point.value} | figures)
@@ -243,7 +252,12 @@ def make_search(run: Run, store: StageStore) -> None:
     if config.refine_rounds:
       children = refine.Children(run)
       for found in refine.refine(
-        children, config.searched, rounds=config.refine_rounds, metric=metric, restrict=lambda t: _choices(run, t)
+        children,
+        config.searched,
+        rounds=config.refine_rounds,
+        metric=metric,
+        restrict=lambda t: _choices(run, t),
+        **where,
       ):
         rounds.append(found)
         bar.set_postfix_str(f"{metric} {found.score:.4f}", refresh=False)
@@ -322,7 +336,7 @@ def make_gkd(run: Run, store: StageStore) -> None:
 
   distributed.by_first(write)
   store.reload()
-  gkd.forget_checkpoints(checkpoints)
+  gkd.forget(checkpoints)
 
 
 def make_evaluation(run: Run, store: StageStore) -> None:
@@ -353,12 +367,14 @@ def make_evaluation(run: Run, store: StageStore) -> None:
         sample[name] = model.chat(prompt, max_new_tokens=config.max_new_tokens)
         bar.update()
       samples.append(sample)
-    seconds = jax_timing.time_models(
-      {"parent": teacher, "child": student},
-      scenario=run.config.costs.scenario,
-      batch=run.solution["batch"],
-      config=run.config.costs.timing,
-    )
+    seconds = {}
+    if config.timed:
+      seconds = jax_timing.time_models(
+        {"parent": teacher, "child": student},
+        scenario=run.config.costs.scenario,
+        batch=run.solution["batch"],
+        config=run.config.costs.timing,
+      )
     bar.update()
   if of_tasks.answers:
     store.put_arrays("answers.safetensors", of_tasks.answers)

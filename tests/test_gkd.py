@@ -14,12 +14,13 @@ import optax
 import pytest
 import scipy.special
 
-from puzzle_jax import data, gkd, preemption
+from puzzle_jax import answers, data, gkd, gkd_guard, preemption
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
+from puzzle_jax.store import CorruptFileError, StageStore
 
 CONFIG = GKDConfig(steps=6, batch_rows=4, learning_rate=3e-3, warmup_steps=1, checkpoint_steps=2)
 
@@ -132,6 +133,7 @@ class Training:
     by: Callable[[], None] = die,
     config: GKDConfig = CONFIG,
     quiet: bool = True,
+    log: Callable[..., None] = lambda step, metrics: None,
   ) -> Any:
     step, self.steps = gkd.train_step, 0
 
@@ -151,6 +153,7 @@ class Training:
         heldout=self.packed.rows(slice(3)),
         folder=folder,
         progress=Progress(quiet=quiet),
+        log=log,
       )
 
 
@@ -185,7 +188,7 @@ def test_a_killed_training_goes_on_to_the_same_child(training, undisturbed, monk
   assert training.steps == redone  # from the last checkpoint, not from the start
   jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
   assert history == undisturbed[1]
-  gkd.forget_checkpoints(tmp_path / "gkd")
+  gkd.forget(tmp_path / "gkd")
   assert not (tmp_path / "gkd").exists()
 
 
@@ -261,6 +264,133 @@ def test_a_loss_that_is_not_finite_is_named(training, child, monkeypatch, tmp_pa
     bad.run(tmp_path / "gkd", monkeypatch)
 
 
+def test_a_gradient_that_is_not_finite_is_named(training, monkeypatch, tmp_path):
+  """The loss of its step is fine, the weights after it would be none: no checkpoint holds them."""
+  step = gkd.train_step
+
+  def spoilt(state: gkd.State, *args: Any, **kwargs: Any) -> gkd.State:
+    at = int(state.step)  # before it is donated
+    state = step(state, *args, **kwargs)
+    if at < 3:
+      return state
+    history = state.history.at[at, gkd.METRICS.index("gradient_norm")].set(jnp.inf)
+    return dataclasses.replace(state, history=history, params=jax.tree.map(jnp.zeros_like, state.params))
+
+  monkeypatch.setattr(gkd, "train_step", spoilt)
+  with pytest.raises(PuzzleError, match=r"norm of step 4 is inf; the last good checkpoint, of step 2, is kept in"):
+    training.run(tmp_path / "gkd", monkeypatch)
+  assert [path.name for path in (tmp_path / "gkd").glob("[0-9]*")] == ["2"]
+
+
+def losses_until_stopped(training: Training, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], str]:
+  """Of a training of up to 40 steps with a checkpoint every second, watched in windows of 4; and how it ended."""
+  monkeypatch.setattr(gkd_guard, "WINDOW", 4)
+  gkd.train_step.clear_cache()  # of another test's optimizer
+  seen: list[float] = []
+  watched = dataclasses.replace(CONFIG, steps=40, warmup_steps=2)
+  with pytest.raises(PuzzleError) as error:
+    training.run(folder, monkeypatch, config=watched, log=lambda step, metrics: seen.append(metrics["loss"]))
+  return seen, str(error.value)
+
+
+@pytest.mark.parametrize("rate", [-0.5, -50.0])
+def test_a_loss_that_diverges_stops_and_no_checkpoint_of_it_is_kept(training, monkeypatch, tmp_path, rate):
+  """Uphill from the ninth step on: slowly, and at once; the eighth ends with a checkpoint either way."""
+  uphill = optax.sgd(lambda step: jnp.where(step < 8, 0.05, rate))
+  monkeypatch.setattr(GKDConfig, "optimizer", lambda self: uphill)
+  seen, message = losses_until_stopped(training, tmp_path / "gkd", monkeypatch)
+  medians = [np.median(seen[i - 4 : i]) for i in range(4, len(seen) + 1)]
+  best = min(medians)
+  assert [m > 3 * best for m in medians] == [False] * (len(medians) - 1) + [True]  # at once, and not before
+  (kept,) = (int(path.name) for path in (tmp_path / "gkd").glob("[0-9]*"))
+  assert 8 <= kept < len(seen) - 1
+  assert seen[kept] <= 3 * best  # the loss of its weights, on the next batch
+  assert f"the loss diverges: {medians[-1]:.4g} up to step {len(seen)}" in message
+  assert f"of step {kept}, is kept in {tmp_path / 'gkd'}; lower gkd.learning_rate (0.003)" in message
+
+
+def test_weights_spoilt_by_one_step_are_not_kept(training, monkeypatch, tmp_path):
+  """The eighth step throws them far off, after a loss that was good."""
+  monkeypatch.setattr(GKDConfig, "optimizer", lambda self: optax.sgd(lambda step: jnp.where(step == 7, 1e3, 0.02)))
+  seen, message = losses_until_stopped(training, tmp_path / "gkd", monkeypatch)
+  assert max(seen[:8]) < 0.1 * seen[8]
+  assert [path.name for path in (tmp_path / "gkd").glob("[0-9]*")] == ["6"]
+  assert "of step 6, is kept in" in message
+
+
+def test_a_loss_may_rise_while_the_learning_rate_does_and_one_batch_says_nothing():
+  rise = [1.0] * 16 + [5.0] * 16 + [1.0] * 32
+  watch = gkd_guard.Watch(3.0, warmup=40)
+  for i, loss in enumerate(rise):
+    watch.note(9.0 if i % 5 == 4 else loss)  # every fifth batch is odd
+    assert not watch.diverged
+  assert watch.best == 1.0
+  assert not watch.is_good(3.1)
+  assert watch.is_good(2.9)
+  assert not gkd_guard.Watch(0.0, warmup=0, losses=[1.0] * 20 + [1e9] * 40).diverged
+  assert not gkd_guard.Watch(3.0, warmup=0, losses=[1e-7] * 20 + [1e-3] * 40).diverged  # the parent itself
+
+
+CACHED = dataclasses.replace(
+  CONFIG, teacher="cached", cosine_weight=0.0, lm_weight=0.5, kl_temperature=2.0, kl_top_k=5, eval_steps=3
+)
+
+
+def test_kept_answers_train_the_same_child(training, child, parent, monkeypatch, tmp_path, capsys):
+  """As the parent online with the same loss; killed while it answers and while it trains.
+
+  The best child is chosen by the KL itself, whatever the loss's temperature and top-k are.
+  """
+  online = training.run(tmp_path / "online", monkeypatch, config=dataclasses.replace(CACHED, teacher="online"))
+  heldout = losses(online[0], parent[1], training.packed.rows(slice(3)), child[0], parent[0])
+  assert heldout["kl"] == pytest.approx(min(row.get("heldout_kl", 9) for row in online[1]), rel=1e-4)
+  monkeypatch.setattr(answers, "_PART_TOKENS", 5 * 24)  # two parts of a batch each
+  put, asked = StageStore.put_arrays, []
+
+  def killed(self: StageStore, name: str, arrays: Any) -> None:
+    put(self, name, arrays)
+    asked.append(name)
+    die()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(StageStore, "put_arrays", killed)
+    with pytest.raises(KeyboardInterrupt):
+      training.run(tmp_path / "cached" / "gkd", monkeypatch, config=CACHED, quiet=False)
+  assert "answers to 192 tokens, 5 likeliest each, take 0.00 GiB in" in capsys.readouterr().err
+  forward = answers._answer
+  monkeypatch.setattr(answers, "_answer", lambda *args: asked.append("forward") or forward(*args))
+  with pytest.raises(KeyboardInterrupt):
+    training.run(tmp_path / "cached" / "gkd", monkeypatch, config=CACHED, die_after=3)
+  kept = sorted(path.name for path in (tmp_path / "cached" / "answers").glob("part*"))
+  assert kept == ["part_00000.safetensors", "part_00001.safetensors"]
+  params, history = training.run(tmp_path / "cached" / "gkd", monkeypatch, config=CACHED)
+  assert asked == ["part_00000.safetensors", "forward"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, online[0])
+  for row, expected in zip(history, online[1], strict=True):
+    assert row == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items() if name != "cosine"}
+    assert row["loss"] == pytest.approx(row["kl"] + 0.5 * row["lm"], rel=1e-6)
+  gkd.forget(tmp_path / "cached" / "gkd")
+  assert not any((tmp_path / "cached").iterdir())
+
+
+def test_damaged_answers_are_not_used(training, monkeypatch, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    training.run(tmp_path / "gkd", monkeypatch, config=CACHED, die_after=3)
+  part = tmp_path / "answers" / "part_00000.safetensors"
+  part.write_bytes(part.read_bytes()[:-1] + b"\1")
+  with pytest.raises(CorruptFileError, match=r"part_00000.safetensors is missing or corrupt"):
+    training.run(tmp_path / "gkd", monkeypatch, config=CACHED)
+  training.run(tmp_path / "gkd", monkeypatch, config=CACHED)  # as the driver does
+  assert training.steps == 4
+
+
+def test_a_random_start_forgets_the_child(training, child, monkeypatch, tmp_path):
+  config = dataclasses.replace(CONFIG, steps=1, start="random", learning_rate=1e-9)
+  params, _ = training.run(tmp_path / "gkd", monkeypatch, config=config)
+  expected = decoder.init(child[0], jax.random.key(0))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+
+
 def test_no_steps_leave_the_child_as_it_is(training, child, monkeypatch, tmp_path):
   assert training.run(tmp_path / "gkd", monkeypatch, config=GKDConfig(steps=0)) == (child[1], [])
 
@@ -273,6 +403,11 @@ def test_no_steps_leave_the_child_as_it_is(training, child, monkeypatch, tmp_pat
     ({"steps": -1}, "steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed"),
     ({"kl_weight": -1.0}, "the loss weights must not be negative"),
     ({"kl_weight": 0.0, "cosine_weight": 0.0}, "one of them must be above 0"),
+    ({"kl_temperature": 0.0}, "kl_temperature > 0 and kl_top_k >= 0 needed; got kl_temperature=0.0"),
+    ({"divergence": 0.5}, "gkd.divergence=0.5 must be above 1"),
+    ({"start": "anew"}, "gkd.start='anew' is not one of child, random"),
+    ({"teacher": "cached", "kl_top_k": 8}, r"set gkd.cosine_weight=0 \(it is 1.0\) and gkd.kl_top_k, such as 64"),
+    ({"teacher": "cached", "cosine_weight": 0.0}, r"gkd.kl_top_k, such as 64 \(it is 0\)"),
   ],
 )
 def test_refuses(change, message):

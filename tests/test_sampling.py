@@ -132,17 +132,18 @@ def test_sets_of_a_mix_hold_the_shares_and_share_no_rows():
 
   sources = [source("a"), source("b")]
   amounts = {"train": {"train": 160, "gkd": 80}, "heldout": {"eval": 40}}
-  made = data.pack_sets(sources, (3, 1), amounts, tokenizer, seq_len=10, seed=0, shuffled=("train",))
+  shares = {"train": (3, 1), "heldout": (1, 3)}
+  made = data.pack_sets(sources, shares, amounts, tokenizer, seq_len=10, seed=0, shuffled=("train",))
   texts = {name: tokenizer.decode(mixed.packed.tokens.reshape(-1)) for name, mixed in made.items()}
-  for name, rows in (("train", 16), ("gkd", 8), ("eval", 4)):
-    assert made[name].rows_by_source == [3 * rows // 4, rows // 4]
-    assert texts[name].count("a") == 2 * 3 * rows // 4  # a row of ten tokens is two documents
+  for name, rows in (("train", [12, 4]), ("gkd", [6, 2]), ("eval", [1, 3])):
+    assert made[name].rows_by_source == rows
+    assert texts[name].count("a") == 2 * rows[0]  # a row of ten tokens is two documents
   whole = texts["train"] + texts["gkd"] + texts["eval"]
   assert len({whole[i : i + 4] for i in range(len(whole)) if whole[i] in "ab"}) == 56
   assert texts["gkd"].rindex("a") < texts["gkd"].index("b")  # source by source
   assert texts["train"].rindex("a") > texts["train"].index("b")  # shuffled
   with pytest.raises(PuzzleError, match="train part of 'b': 800 tokens are asked for"):
-    data.pack_sets(sources, (1, 4), {"train": {"train": 1000}}, tokenizer, seq_len=10, seed=0)
+    data.pack_sets(sources, {"train": (1, 4)}, {"train": {"train": 1000}}, tokenizer, seq_len=10, seed=0)
 
 
 def test_the_data_stage_mixes_the_parents_text_with_a_file(folder, tmp_path, monkeypatch):
@@ -202,6 +203,7 @@ def test_refuses(change, message):
     ({"source": "a.txt, a.txt"}, "must name sources, each once"),
     ({"source": "parent,stdlib", "shares": (1.0,)}, "must be 2 numbers above 0"),
     ({"source": "parent,stdlib", "shares": (1.0, 0.0)}, "must be 2 numbers above 0"),
+    ({"source": "parent,stdlib", "heldout_shares": (1.0,)}, r"data.heldout_shares=\(1.0,\) must be 2 numbers"),
   ],
 )
 def test_refuses_a_mix(change, message):

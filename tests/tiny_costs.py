@@ -11,10 +11,13 @@ from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.parents import open_parent
 
 
-def write_costs(path: Path, parent: str) -> None:
-  """A given cost table, so that runs can be compared: seconds by parameters, attention dearer than FFNs."""
+def write_costs(path: Path, parent: str, config: RunConfig | None = None) -> None:
+  """A given cost table, so that runs can be compared: seconds by parameters, attention dearer than FFNs.
+
+  For the tiny config's space and scenario, or another's.
+  """
   architecture = open_parent(parent).architecture
-  config = RunConfig.from_dict(tiny.get_config().to_dict())
+  config = config or RunConfig.from_dict(tiny.get_config().to_dict())
   layers = space.build(architecture, **dataclasses.asdict(config.space)).layers
   scenario = config.costs.scenario
 

@@ -1,14 +1,28 @@
 """Batches of packed rows for training: seeded, endless, and resumable to the batch."""
 
-import grain
+from typing import Protocol, TypeVar
 
-from puzzle_jax.data.packing import Batch, PackedText
+import grain
+import numpy as np
+
 from puzzle_jax.errors import PuzzleError
+
+_Batch_co = TypeVar("_Batch_co", covariant=True)
+
+
+class Rows(Protocol[_Batch_co]):
+  """What batches can be made of, such as `PackedText`."""
+
+  @property
+  def num_rows(self) -> int: ...
+
+  def rows(self, index: np.ndarray, /) -> _Batch_co:
+    """Some of the rows."""
 
 
 def batches(
-  packed: PackedText, *, batch_size: int, seed: int, num_epochs: int | None = None
-) -> grain.DatasetIterator[Batch]:
+  packed: Rows[_Batch_co], *, batch_size: int, seed: int, num_epochs: int | None = None
+) -> grain.DatasetIterator[_Batch_co]:
   """An iterator over batches of rows [batch_size, T], each epoch in an order of its own.
 
   Its `get_state()` says where it is, as plain data; `set_state` of another iterator of the same arguments goes there.

@@ -75,7 +75,7 @@ class Sampler:
   """Writes documents by number.
 
   Args:
-    model: the parent, fp32.
+    model: the parent.
     config: how.
     texts: whose paragraphs begin documents of the kind `text`.
     seed: of everything.

@@ -34,7 +34,7 @@ class MixedSet:
 
 def pack_sets(
   sources: Sequence[DocumentSource],
-  shares: Sequence[float],
+  shares: Mapping[str, Sequence[float]],
   amounts: Mapping[str, Mapping[str, int]],
   tokenizer: Tokenizer,
   *,
@@ -46,7 +46,7 @@ def pack_sets(
 
   Args:
     sources: documents.
-    shares: of each source in each set.
+    shares: of each source in the sets of a part.
     amounts: tokens of each set by the part of the documents that it is taken from, `train` or `heldout`. Sets of one
       part share no rows.
     tokenizer: the parent's.
@@ -59,7 +59,7 @@ def pack_sets(
   """
   made = {}
   for part, tokens in amounts.items():
-    counts = {name: rows_by_share(n // seq_len, shares) for name, n in tokens.items()}
+    counts = {name: rows_by_share(n // seq_len, shares[part]) for name, n in tokens.items()}
     pieces: dict[str, list[PackedText]] = {name: [] for name in tokens}
     for i, source in enumerate(sources):
       if total := sum(count[i] for count in counts.values()):

@@ -50,6 +50,19 @@ def _rows(
   }
 
 
+def by_row(child: Model, parent: Model, packed: data.PackedText, *, batch_rows: int) -> dict[str, np.ndarray]:
+  """Sums over each row, fp64 [R]: `kl`, negative log likelihoods of `child` and `parent` (nats), `tokens` predicted."""
+  sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
+  mesh = mesh_lib.mesh_of(parent[1])
+  for start in range(0, len(packed.tokens), batch_rows):
+    batch = packed.rows(slice(start, start + batch_rows))
+    if mesh:
+      batch = mesh_lib.put(mesh, batch, mesh_lib.rows_spec(mesh, batch.num_rows))
+    for name, values in mesh_lib.fetch(_rows(*child, *parent, batch, mesh)).items():
+      sums[name] += np.asarray(values, np.float64).tolist()
+  return {name: np.array(values) for name, values in sums.items()}
+
+
 def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows: int) -> dict[str, float]:
   """Quality of a child on packed rows.
 
@@ -64,17 +77,10 @@ def compare(child: Model, parent: Model, packed: data.PackedText, *, batch_rows:
     parent's, nats a token: the logarithm of the ratio of perplexities) and `tokens`; `kl_stderr` and
     `loss_change_stderr`, standard errors over rows, the latter of paired rows.
   """
-  sums: dict[str, list[float]] = {"kl": [], "child": [], "parent": [], "tokens": []}
-  mesh = mesh_lib.mesh_of(parent[1])
-  for start in range(0, len(packed.tokens), batch_rows):
-    batch = packed.rows(slice(start, start + batch_rows))
-    if mesh:
-      batch = mesh_lib.put(mesh, batch, mesh_lib.rows_spec(mesh, batch.num_rows))
-    for name, values in mesh_lib.fetch(_rows(*child, *parent, batch, mesh)).items():
-      sums[name] += np.asarray(values, np.float64).tolist()
-  tokens = np.array(sums["tokens"])
-  kl, kl_stderr = mean_and_error(np.array(sums["kl"]), tokens)
-  change, change_stderr = mean_and_error(np.array(sums["child"]) - np.array(sums["parent"]), tokens)
+  sums = by_row(child, parent, packed, batch_rows=batch_rows)
+  tokens = sums["tokens"]
+  kl, kl_stderr = mean_and_error(sums["kl"], tokens)
+  change, change_stderr = mean_and_error(sums["child"] - sums["parent"], tokens)
   return {
     "kl": kl,
     "kl_stderr": kl_stderr,

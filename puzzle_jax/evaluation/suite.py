@@ -34,7 +34,7 @@ def files(config: "EvaluationConfig") -> list[Path]:
   return [file for text in config.texts for file in documents.find_files(text)] + [Path(task) for task in config.tasks]
 
 
-def _texts(run: "Run") -> Iterator[tuple[str, Callable[[int], data.PackedText]]]:
+def texts(run: "Run") -> Iterator[tuple[str, Callable[[int], data.PackedText]]]:
   """By name, how each text is made into rows of a length: held-out rows of the run's own sources, then other files."""
   config, tokenizer, packed, start = run.config, run.tokenizer, run.packed("eval"), 0
 
@@ -50,8 +50,8 @@ def _texts(run: "Run") -> Iterator[tuple[str, Callable[[int], data.PackedText]]]
     yield Path(source["name"]).name, functools.partial(relaid, rows)
   for pattern in config.evaluation.texts:
     found = documents.find_files(pattern)
-    texts = [text for file in found for text in builders.read_file(file, config.data.text_field)]
-    yield Path(pattern).name, functools.partial(read, texts)
+    lines = [text for file in found for text in builders.read_file(file, config.data.text_field)]
+    yield Path(pattern).name, functools.partial(read, lines)
 
 
 def compare_texts(run: "Run", child: quality.Model, parent: quality.Model) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def compare_texts(run: "Run", child: quality.Model, parent: quality.Model) -> li
   if lengths == (own,) and not config.evaluation.texts and len(config.data.sources) == 1:
     return []
   found = []
-  for name, rows_of in _texts(run):
+  for name, rows_of in texts(run):
     for length in sorted(set(lengths)):
       packed = rows_of(length)
       if packed.num_rows:

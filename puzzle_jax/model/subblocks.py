@@ -38,10 +38,13 @@ class Context:
   dtype: Any = flax.struct.field(pytree_node=False, default=None)
 
 
-def dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """`einsum` in x's dtype; fp32 is fp32 unless `jax.default_matmul_precision` is set: GPUs would take TF32."""
+def dot(equation: str, x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Array:
+  """`einsum` in x's dtype, returned in it or in `out`.
+
+  fp32 is fp32 unless `jax.default_matmul_precision` is set: GPUs would take TF32.
+  """
   with _precision_of(x.dtype):
-    return jnp.einsum(equation, x, w.astype(x.dtype))
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=out)
 
 
 def _precision_of(dtype: Any) -> Any:

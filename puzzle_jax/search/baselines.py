@@ -183,6 +183,7 @@ def _by_block(table: Table, layer: int) -> dict[str, int]:
   return at
 
 
+MIP = "mip"  # the search itself, among the rules
 BASELINES: dict[str, Baseline] = {
   "greedy": greedy,
   "noop_only": noop_only,
@@ -190,6 +191,14 @@ BASELINES: dict[str, Baseline] = {
   "most_parameters": most_parameters,
   "random_feasible": random_feasible,
 }
+
+
+def chosen(table: Tables, limits: Limits, *, rule: str = MIP, seed: int = 0, scenario: str | None = None) -> Solution:
+  """The child of a rule: the search's, or a baseline's; `seed` is that of random ones."""
+  if rule == MIP:
+    return solve(table, limits, scenario=scenario)[0]
+  drawn: dict[str, Any] = {"seed": seed} if rule == random_feasible.__name__ else {}
+  return BASELINES[rule](table, limits, scenario=scenario, **drawn)[0]
 
 
 def compare(

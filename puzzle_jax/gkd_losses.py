@@ -1,0 +1,108 @@
+"""What global distillation minimises (paper section 6): the child held against the parent on a batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from puzzle_jax import data, divergence
+from puzzle_jax import mesh as mesh_lib
+from puzzle_jax.arch import Architecture
+from puzzle_jax.divergence import TopTokens
+from puzzle_jax.gkd_config import GKDConfig
+from puzzle_jax.model import decoder
+
+
+class Answered(NamedTuple):
+  """Rows with what the parent says to them: a batch where it does not run online.
+
+  Attributes:
+    text: the rows [B, T].
+    answers: its likeliest next tokens, [B, T, K].
+  """
+
+  text: data.PackedText
+  answers: TopTokens
+
+
+Batch = data.PackedText | Answered
+
+
+def forward(
+  architecture: Architecture, params: Any, batch: data.PackedText, config: GKDConfig, mesh: Mesh | None
+) -> decoder.Output:
+  """Of either model, as `config` says."""
+  exact = config.attention == "exact"
+  return decoder.apply(
+    architecture,
+    params,
+    batch.tokens,
+    positions_BT=batch.positions if exact else None,
+    segments_BT=batch.segment_ids if exact else None,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
+    rows=mesh_lib.rows_on(mesh, batch.num_rows),
+  )
+
+
+def losses(
+  child: tuple[Architecture, Any],
+  parent: tuple[Architecture, Any],
+  batch: Batch,
+  config: GKDConfig,
+  mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+  """Of a batch. On a mesh its rows stay where they lie, through all blocks: weights go to rows, not rows to weights.
+
+  Args:
+    child: architecture and parameters.
+    parent: the same; not looked at where the batch brings its answers.
+    batch: rows.
+    config: of which temperature, top-k and weights count.
+    mesh: on which the rows lie along `data`.
+
+  Returns:
+    `kl` and `lm`, means in nats a token; `cosine`, the mean over tokens of the summed distance of the hidden states
+    (NaN without the parent's); `loss`, their weighted sum.
+  """
+  text = batch.text if isinstance(batch, Answered) else batch
+  out = forward(*child, text, config, mesh)
+  mask_T = data.target_mask(text.segment_ids).reshape(-1)
+  count = jnp.maximum(jnp.sum(mask_T), 1)
+  targets_T = jnp.roll(text.tokens, -1, axis=1).reshape(-1)
+
+  def hidden_and_head(out: decoder.Output, params: Any) -> tuple[jax.Array, jax.Array]:
+    """Of each device its own tokens, and the vocabulary over `model`: gathered once, not a chunk."""
+    hidden_TD, head_VD = out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(params)
+    if mesh is None:
+      return hidden_TD, head_VD
+    rows, vocabulary = mesh_lib.rows_spec(mesh, text.num_rows), mesh_lib.vocabulary_spec(mesh, len(head_VD))
+    return mesh_lib.laid(mesh, hidden_TD, rows), mesh_lib.laid(mesh, head_VD, vocabulary)
+
+  if isinstance(batch, Answered):
+    reference: Any = jax.tree.map(lambda x: x.reshape(len(targets_T), -1), batch.answers)
+    distance = jnp.asarray(jnp.nan)
+  else:
+    teacher = jax.lax.stop_gradient(forward(*parent, text, config, mesh))
+    reference = hidden_and_head(teacher, jax.lax.stop_gradient(parent[1]))
+    distance = _distance(out.layers_LBTD, teacher.layers_LBTD, text.segment_ids > 0)
+  kl_T, nll_T = divergence.kl_and_nll(
+    hidden_and_head(out, child[1]),
+    reference,
+    targets_T,
+    temperature=config.kl_temperature,
+    top_k=config.kl_top_k,
+    shards=1 if mesh is None else mesh_lib.row_shards(mesh, text.num_rows),
+  )
+  parts = {"kl": jnp.sum(kl_T * mask_T) / count, "lm": jnp.sum(nll_T * mask_T) / count, "cosine": distance}
+  loss = config.kl_weight * parts["kl"] + config.lm_weight * parts["lm"]
+  return parts | {"loss": config.cosine_weight * distance + loss if config.cosine_weight else loss}
+
+
+def _distance(a_LBTD: jax.Array, b_LBTD: jax.Array, real_BT: Any) -> jax.Array:
+  """1 - cosine, summed over layers, mean over tokens."""
+  a, b = a_LBTD.astype(jnp.float32), b_LBTD.astype(jnp.float32)
+  norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+  cosine_LBT = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
+  return jnp.sum((1 - cosine_LBT) * real_BT[None]) / jnp.maximum(jnp.sum(real_BT), 1)

@@ -1,0 +1,207 @@
+"""The study of configs/ablations.py at a tiny size: arms from the base's stages, goes on by its record; its table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_costs import write_costs
+
+import puzzle_jax
+from configs import ablations as config_file
+from configs import flagship
+from experiments import ablation_table, ablations, arms, paired, readme, tiny_parent
+from puzzle_jax.config import RunConfig
+from puzzle_jax.costs import jax_timing
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.report import closing_table
+
+TINY: dict[str, dict[str, Any]] = {
+  "space": {"ffn_multiple": 8},
+  "data": {
+    "seq_len": 32,
+    "train_tokens": 256,
+    "gkd_tokens": 256,
+    "heldout_tokens": 256,
+    "eval_tokens": 512,
+  },
+  "activations": {"batch_rows": 8},
+  "bld": {"steps": 1, "batch_rows": 4, "dtype": "float32"},
+  "scores": {"batch_rows": 8},
+  "gkd": {"steps": 2, "batch_rows": 4, "warmup_steps": 1, "dtype": "float32"},
+}
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("parent") / "parent"
+  tiny_parent.write(folder)
+  return folder
+
+
+def shrink(values: Any, parent: Path, folder: Path, *, source: str = "stdlib") -> Any:
+  """A config of the tests' size with a made-up cost table; `values` is changed in place."""
+  for section, fields in TINY.items():
+    values[section].update(fields)
+  values.parent, values.device, values.data.source = str(parent), "any", source
+  values.costs.hardware = jax_timing.hardware()
+  values.costs.table = ""
+  write_costs(folder / "costs.json", str(parent), RunConfig.from_dict(values.to_dict()))
+  values.costs.table = str(folder / "costs.json")
+  return values
+
+
+def test_the_study_makes_children_once_and_takes_what_they_share(parent, tmp_path, monkeypatch):
+  changed = shrink(config_file.get_config(), parent, tmp_path)
+  made, study_rate = list[tuple[str, str | None]](), changed.gkd.learning_rate
+  run = puzzle_jax.run
+
+  def counted(config: RunConfig, folder: Path, **options: Any) -> Any:
+    made.append((Path(folder).name, options.get("reuse") and Path(options["reuse"]).name))
+    return run(config, folder, quiet=True, **options)
+
+  monkeypatch.setattr(puzzle_jax, "run", counted)
+  study = ablations.Study(tmp_path / "study", tmp_path / "record.json", changed)
+  for arm, seed in (("base", 0), ("base", 1), ("search_uniform", 0)):
+    study.make(arm, seed)
+  files = ("library/layer_00.safetensors", "search/table.json", "gkd/history.json")
+  assert [(tmp_path / "study" / "base_1" / file).stat().st_nlink for file in files] == [3, 2, 1]  # runs that hold it
+  for arm in ("base", "search_uniform"):
+    study.forget(arm)
+  assert sorted(path.name for path in (tmp_path / "study").glob("*_*")) == ["base_0"]
+  assert made[1:] == [("base_0", None), ("base_1", "base_0"), ("search_uniform_0", "base_0")]
+
+  record = json.loads((tmp_path / "record.json").read_text())
+  (text,) = record["texts"]
+  assert len(record["texts"][text]["tokens"]) == 512 // 32 // ablations.BLOCK
+  first, second, uniform = (
+    record["arms"][a]["children"][s] for a, s in (("base", "0"), ("base", "1"), ("search_uniform", "0"))
+  )
+  assert first["blocks"] == second["blocks"]
+  assert first["texts"] != second["texts"]  # another order of rows
+  assert len(set(uniform["blocks"])) == 1
+  assert all(child["speedup"] >= 1.5 for child in (first, second, uniform))
+
+  again = ablations.Study(tmp_path / "study", tmp_path / "record.json", changed)
+  assert [again.has("base", 1), again.has("base", 2), again.has("gkd_lm", 0)] == [True, False, False]
+  header, rows = ablation_table.rows(record)
+  assert [len(row) for row in rows] == [len(header)] * 2
+  assert rows[0][:4] == ["`base`", "", "2", f"{first['speedup']:.2f}×"]
+  assert rows[1][1] == "`base`"
+  tokens, kl = sum(record["texts"][text]["tokens"]), sum(uniform["texts"][text]["kl"])
+  assert rows[1][4] == f"{kl / tokens:.4f}"
+
+  changed.gkd.learning_rate = -1.0  # a child that cannot be made is a result, too
+  again.make("gkd_kl", 0)
+  changed.gkd.learning_rate = study_rate
+  record = json.loads((tmp_path / "record.json").read_text())
+  _, (*_, row) = ablation_table.rows(record)
+  assert row[:3] == ["`gkd_kl`", "", "0"]
+  assert "learning_rate > 0 needed" in row[3]
+
+  monkeypatch.setattr(readme, "_record", lambda name: record)
+  page = readme.updated("<!-- table: ablations -->\n<!-- end -->")
+  assert "4 children" in page
+  assert "| `search_uniform` | `base` | 1 |" in page
+
+  changed.data.eval_tokens = 256
+  with pytest.raises(PuzzleError, match=r"record.json is of another base config; name another --record"):
+    ablations.Study(tmp_path / "study", tmp_path / "record.json", changed)
+
+
+def test_an_arms_own_fields_stand():
+  """Against those that are given for all; a mix keeps its parent beside the given text."""
+  changed = config_file.get_config()
+  changed.data.source, changed.gkd.steps, changed.bld.steps, changed.gkd.seed = "mine.txt", 8, 20, 0
+  configs = {name: ablations.config_of(name, 1, changed) for name in config_file.ARMS}
+  assert configs["base"].gkd.steps == 8
+  assert configs["gkd_none"].gkd.steps == 0
+  assert [configs[name].bld.steps for name in ("base", "bld_half", "bld_quarter", "bld_none")] == [20, 100, 50, 0]
+  assert {name: configs[name].data.source for name in ("base", "data_parent", "data_mix")} == {
+    "base": "mine.txt",
+    "data_parent": "parent",
+    "data_mix": "mine.txt,parent",
+  }
+  assert {config.gkd.seed for config in configs.values()} == {1}
+  assert set(config_file.SEEDS) | set(config_file.AGAINST) <= set(config_file.ARMS)
+
+
+def test_no_field_is_changed_where_none_was_given():
+  base = config_file.get_config()
+  for arm in config_file.ARMS:
+    values = config_file.get_config(arm)
+    assert arms.with_changes(values, base, config_file.get_config()) == RunConfig.from_dict(values.to_dict())
+
+
+RNG = np.random.default_rng(0)
+TOKENS = np.full(60, 100.0)
+
+
+def children(mean: float, seeds: int, *, rows: np.ndarray, between: float = 0.0) -> np.ndarray:
+  """Sums over rows that share what is hard about them."""
+  moved = mean + between * RNG.standard_normal((seeds, 1))
+  return TOKENS * (rows + moved + 0.02 * RNG.standard_normal((seeds, len(rows))))
+
+
+def test_a_paired_difference_is_found_where_rows_differ_far_more():
+  rows = RNG.uniform(0, 2, len(TOKENS))
+  better, worse = children(0.0, 1, rows=rows), children(0.02, 1, rows=rows)
+  found = paired.difference(worse, better, TOKENS)
+  assert found.is_real
+  assert found.low < found.mean < found.high
+  assert found.mean == pytest.approx(0.02, abs=0.01)
+  assert not paired.difference(children(0.0, 1, rows=rows), better, TOKENS).is_real
+
+
+def test_seeds_that_differ_make_a_difference_less_sure():
+  rows = RNG.uniform(0, 2, len(TOKENS))
+  arms_SR = [children(0.0, 40, rows=rows, between=0.05) for _ in range(5)]
+  variance = paired.seed_variance(arms_SR, TOKENS)
+  assert variance == pytest.approx(0.05**2, rel=0.25)
+  a, b = children(0.02, 2, rows=rows), children(0.0, 2, rows=rows)
+  sure, unsure = (paired.difference(a, b, TOKENS, seed_variance=v) for v in (0.0, variance))
+  assert sure.is_real
+  assert not unsure.is_real
+  assert unsure.mean == sure.mean
+  assert unsure.high - unsure.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # of two means of two
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+  rng, hits, rows = np.random.default_rng(1), 0, 40
+  for _ in range(60):
+    a, b = rng.normal(0.1, 0.5, (2, 1, rows))
+    hits += paired.difference(a, b, np.ones(rows)).is_real
+  assert hits <= 8  # 3 expected
+
+
+def test_the_flagship_at_a_tiny_size(parent, tmp_path):
+  """With a made-up cost table: every child is one that vLLM runs, and is measured on both sources."""
+  (tmp_path / "text.jsonl").write_text(
+    "".join(json.dumps({"text": f"{i}: the quick brown fox number {i} jumps over it"}) + "\n" for i in range(200))
+  )
+  (tmp_path / "task.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 3)
+  values = flagship.get_config()
+  values.bld.fit_tokens = 256
+  values.data.sampling.update({"max_tokens": 96, "batch_rows": 4, "dtype": "float32"})
+  values.gkd.eval_steps = 1
+  values.search.frontier = ()
+  values.evaluation.update(
+    {"prompts": ("Hello",), "max_new_tokens": 2, "contexts": (32,), "tasks": (str(tmp_path / "task.jsonl"),)}
+  )
+  values.costs.input_tokens = values.costs.output_tokens = 32
+  values.search.scenario = "32/32"
+  shrink(values, parent, tmp_path, source=f"parent,{tmp_path / 'text.jsonl'}")
+  run = puzzle_jax.run(RunConfig.from_dict(values.to_dict()), tmp_path / "run", quiet=True)
+  assert not any("linear" in block for block in run.solution["blocks"])
+  assert run.solution["blocks"][0].startswith("gqa")
+  record = run.store("data").get_json("data.json")
+  assert [source["rows"]["gkd"] for source in record["sources"]] == [6, 2]  # of eight, 4 to 1
+  assert [source["rows"]["eval"] for source in record["sources"]] == [8, 8]
+  evaluation = run.store("evaluation").get_json("evaluation.json")
+  assert [text["text"] for text in evaluation["texts"]] == ["parent", "text.jsonl"]
+  assert evaluation["tasks"]["tasks"]["task"]["items"] == 3
+  assert "heldout_kl" in run.summary["gkd"][-1]
+  assert "predicted_decode_s" in run.summary["models"]["child"]
+  assert "throughput" not in run.summary["models"]["child"]  # served elsewhere
+  assert "not measured" not in closing_table(run.summary)
