@@ -7,7 +7,6 @@ variant and layer, the held-out loss before and after training and what the vari
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app, flags
