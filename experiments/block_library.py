@@ -71,8 +71,9 @@ def main(argv: list[str]) -> None:
       sys.exit(f"error: {arm}: {e}")
     first = first or folder
     seconds = {name: run.store(name).record["timing"]["seconds"] for name in ("library", "scores")}
-    results[arm] = {"changes": block_library.ARMS[arm], "variants": found(run), "pairs": pairs(run), "seconds": seconds}
-    print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in found(run).items()}, flush=True)
+    variants = found(run)
+    results[arm] = {"changes": block_library.ARMS[arm], "variants": variants, "pairs": pairs(run), "seconds": seconds}
+    print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in variants.items()}, flush=True)
     write_json(
       RESULTS / f"{_NAME.value}.json",
       arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value)) | {"arms": results},
