@@ -182,7 +182,12 @@ def export_speed() -> str:
 def faults() -> str:
   """What the fault drill tried, and how often the run ended as an undisturbed one."""
   record = _record("faults")
-  kinds = {"kills": "SIGKILL", "damages": "damaged files", "full_disks": "full disks"}
+  kinds = {
+    "kills": "SIGKILL",
+    "kills_of_two": "SIGKILL of one of two processes",
+    "damages": "damaged files",
+    "full_disks": "full disks",
+  }
   rows = []
   for key, label in kinds.items():
     found = record[key]
