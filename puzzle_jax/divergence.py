@@ -5,7 +5,8 @@ For scores, many children are held against one parent, and both use the parent's
     KL(p ‖ q) = Σ_v p_v (log p_v − log q_v) = lse(W h_q) − lse(W h_p) − (h_q − h_p) · m,   m = Σ_v p_v W_v
 
 so the parent's whole distribution is kept, exactly, as D + 1 numbers a token (m and lse), and equal hidden states give
-exactly 0. For training and evaluation, where the heads differ, `kl_and_nll` streams over chunks of tokens.
+exactly 0. For training and evaluation, where the heads differ, `kl_and_nll` streams over chunks of tokens, and
+`weighted_kl_and_nll` the gradient with it.
 
 With `top_k` it is the KL of coarser distributions: the parent's likeliest tokens one by one, and all others together as
 one more. So the child learns how much mass is elsewhere, not only how the likeliest share what they have, to which
@@ -13,6 +14,7 @@ renormalised top-k is biased (Anshumann et al., Sparse Logit Sampling, ACL 2025:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -127,7 +129,6 @@ def _logits_backward(kept: tuple[jax.Array, jax.Array], gradient_TV: jax.Array) 
 _logits.defvjp(_logits_forward, _logits_backward)
 
 
-@functools.partial(jax.checkpoint, static_argnums=3)
 def _chunk_kl_and_nll(
   child: tuple[jax.Array, jax.Array],
   parent: tuple[jax.Array, jax.Array] | TopTokens,
@@ -212,11 +213,12 @@ def kl_and_nll(
   top_k: int = 0,
   shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-  """KL(parent ‖ child) and the child's negative log likelihood, [T] nats each, by chunks of tokens.
+  """KL(parent ‖ child) and the child's negative log likelihood, [T] nats each, by chunks of tokens. For their gradients
+  see `weighted_kl_and_nll`.
 
   Args:
     child: normed hidden states [T, D] and LM head [V, D].
-    parent: the same of the parent, or its likeliest tokens at this temperature. With `top_k` no gradient reaches it.
+    parent: the same of the parent, or its likeliest tokens at this temperature.
     targets_T: the next tokens.
     temperature: that both distributions of the KL are softened by; the KL is multiplied by its square, so that
       gradients are as large as at 1 (Hinton et al., arXiv 1503.02531).
@@ -224,34 +226,111 @@ def kl_and_nll(
     shards: into how many equal parts the tokens lie over devices; chunks are cut within each, so that all have work.
   """
   if shards > 1:
-
-    def parts(x: jax.Array) -> jax.Array:
-      return x.reshape(shards, -1, *x.shape[1:])
-
-    def with_copies(hidden_TD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-      """A head for each part, as devices have them anyway: their gradients are summed once, not a chunk."""
-      return parts(hidden_TD), jnp.broadcast_to(head_VD, (shards, *head_VD.shape))
-
-    references = jax.tree.map(parts, parent) if isinstance(parent, TopTokens) else with_copies(*parent)
     within = functools.partial(kl_and_nll, temperature=temperature, top_k=top_k)
-    kl_ST, nll_ST = jax.vmap(within)(with_copies(*child), references, parts(targets_T))
+    kl_ST, nll_ST = jax.vmap(within)(*_parts(child, parent, shards), targets_T.reshape(shards, -1))
     return kl_ST.reshape(-1), nll_ST.reshape(-1)
   tokens = targets_T.shape[0]
-  chunk = min(token_chunk(), tokens)
-  head = child[1].astype(child[0].dtype)  # once, not a chunk
-  parent_head = None if isinstance(parent, TopTokens) else parent[1].astype(parent[0].dtype)
+  head, to_reference, inputs = _by_chunks(child, parent, targets_T, temperature, top_k)
 
   def step(inputs: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden, reference, targets = inputs
-    if parent_head is not None:
-      if top_k:  # outside of what is computed again in the backward pass
-        k = min(top_k, len(parent_head))
-        reference = jax.lax.stop_gradient(_chunk_top_tokens(reference, parent_head, k, temperature))
-      else:
-        reference = (reference, parent_head)
-    return _chunk_kl_and_nll((hidden, head), reference, targets, temperature)
+    return _chunk_kl_and_nll((hidden, head), to_reference(reference), targets, temperature)
 
-  reference = parent if isinstance(parent, TopTokens) else parent[0]
-  inputs = jax.tree.map(lambda x: _split(x, chunk), (child[0], reference, targets_T))
   kl, nll = jax.lax.map(step, inputs)
   return kl.reshape(-1)[:tokens], nll.reshape(-1)[:tokens]
+
+
+def _parts(child: Any, parent: Any, shards: int) -> tuple[Any, Any]:
+  """Both models' tokens in equal parts, and a head for each part, as devices have them anyway: the heads' gradients are
+  summed over devices once, not a chunk."""
+
+  def cut(x: jax.Array) -> jax.Array:
+    return x.reshape(shards, -1, *x.shape[1:])
+
+  def with_copies(hidden_TD: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cut(hidden_TD), jnp.broadcast_to(head_VD, (shards, *head_VD.shape))
+
+  return with_copies(*child), jax.tree.map(cut, parent) if isinstance(parent, TopTokens) else with_copies(*parent)
+
+
+def _by_chunks(
+  child: Any, parent: Any, targets_T: jax.Array, temperature: float, top_k: int
+) -> tuple[jax.Array, Callable[[Any], Any], Any]:
+  """The child's head in its products' dtype (once, not a chunk), what makes a chunk of the parent one to compare with,
+  and the chunks of (hidden states, parent, targets)."""
+  head, parent_head = child[1].astype(child[0].dtype), None
+  if not isinstance(parent, TopTokens):
+    parent_head = parent[1].astype(parent[0].dtype)
+
+  def to_reference(reference: Any) -> Any:
+    if parent_head is None:
+      return reference
+    if top_k:
+      return _chunk_top_tokens(reference, parent_head, min(top_k, len(parent_head)), temperature)
+    return reference, parent_head
+
+  chunk = min(token_chunk(), targets_T.shape[0])
+  reference = parent if isinstance(parent, TopTokens) else parent[0]
+  return head, to_reference, jax.tree.map(lambda x: _split(x, chunk), (child[0], reference, targets_T))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def weighted_kl_and_nll(
+  child: tuple[Any, Any],
+  parent: tuple[Any, Any] | TopTokens,
+  targets_T: Any,
+  weights: tuple[Any, Any],
+  temperature: float = 1.0,
+  top_k: int = 0,
+  shards: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """A weighted sum of `kl_and_nll`'s figures, and these. The sum has a gradient, to the child alone.
+
+  That gradient is computed chunk by chunk along with the sum, while a chunk's logits are there: to compute it in the
+  backward pass would take both models' logits once more, six products with a head instead of four.
+
+  Args:
+    child, parent, targets_T, temperature, top_k, shards: of `kl_and_nll`.
+    weights: of the KL and of the negative log likelihood, [T] each.
+  """
+  kl_T, nll_T = kl_and_nll(child, parent, targets_T, temperature=temperature, top_k=top_k, shards=shards)
+  return weights[0] @ kl_T + weights[1] @ nll_T, kl_T, nll_T
+
+
+def _with_gradient(
+  child: Any, parent: Any, targets_T: Any, weights: Any, temperature: float, top_k: int, shards: int
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """What `weighted_kl_and_nll` gives, and the sum's gradients of hidden states and head."""
+  if shards > 1:
+    within = functools.partial(_with_gradient, temperature=temperature, top_k=top_k, shards=1)
+    cut = jax.tree.map(lambda x: x.reshape(shards, -1), (targets_T, weights))
+    (total_S, *figures), (hidden_STD, head_SVD) = jax.vmap(within)(*_parts(child, parent, shards), *cut)
+    kl_T, nll_T = (x.reshape(-1) for x in figures)
+    return (jnp.sum(total_S), kl_T, nll_T), (hidden_STD.reshape(child[0].shape), jnp.sum(head_SVD, axis=0))
+  tokens = targets_T.shape[0]
+  head, to_reference, inputs = _by_chunks(child, parent, targets_T, temperature, top_k)
+
+  def step(sums: Any, inputs: Any) -> tuple[Any, Any]:
+    (hidden, reference, targets), chunk_weights = inputs
+
+    def weighted(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, Any]:
+      kl, nll = _chunk_kl_and_nll((hidden, head), to_reference(reference), targets, temperature)
+      return chunk_weights[0] @ kl + chunk_weights[1] @ nll, (kl, nll)
+
+    (total, figures), (by_hidden, by_head) = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(hidden, head)
+    return (sums[0] + total, sums[1] + by_head.astype(jnp.float32)), (*figures, by_hidden)
+
+  chunks = (inputs, jax.tree.map(lambda x: _split(x, inputs[2].shape[1]), weights))
+  (total, by_head), found = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(head.shape)), chunks)
+  kl_T, nll_T, by_hidden_TD = (x.reshape(-1, *x.shape[2:])[:tokens] for x in found)
+  return (total, kl_T, nll_T), (by_hidden_TD, by_head.astype(child[1].dtype))
+
+
+def _to_child(
+  temperature: float, top_k: int, shards: int, kept: tuple[jax.Array, jax.Array], slopes: tuple[jax.Array, ...]
+) -> tuple[Any, None, None, None]:
+  del temperature, top_k, shards
+  return jax.tree.map(lambda x: (slopes[0] * x).astype(x.dtype), kept), None, None, None
+
+
+weighted_kl_and_nll.defvjp(_with_gradient, _to_child)

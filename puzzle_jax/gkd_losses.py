@@ -87,16 +87,18 @@ def losses(
     teacher = jax.lax.stop_gradient(forward(*parent, text, config, mesh))
     reference = hidden_and_head(teacher, jax.lax.stop_gradient(parent[1]))
     distance = _distance(out.layers_LBTD, teacher.layers_LBTD, text.segment_ids > 0)
-  kl_T, nll_T = divergence.kl_and_nll(
+  shards = 1 if mesh is None else mesh_lib.row_shards(mesh, text.num_rows)
+  mean_T = mask_T / count
+  loss, kl_T, nll_T = divergence.weighted_kl_and_nll(
     hidden_and_head(out, child[1]),
     reference,
     targets_T,
-    temperature=config.kl_temperature,
-    top_k=config.kl_top_k,
-    shards=1 if mesh is None else mesh_lib.row_shards(mesh, text.num_rows),
+    (config.kl_weight * mean_T, config.lm_weight * mean_T),
+    config.kl_temperature,
+    config.kl_top_k,
+    shards,
   )
-  parts = {"kl": jnp.sum(kl_T * mask_T) / count, "lm": jnp.sum(nll_T * mask_T) / count, "cosine": distance}
-  loss = config.kl_weight * parts["kl"] + config.lm_weight * parts["lm"]
+  parts = {"kl": jnp.sum(kl_T * mean_T), "lm": jnp.sum(nll_T * mean_T), "cosine": distance}
   return parts | {"loss": config.cosine_weight * distance + loss if config.cosine_weight else loss}
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +81,17 @@ def test_the_largest_by_groups_are_the_largest(shape: tuple[int, int]) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, tuple(jax.lax.top_k(x, k)))
 
 
+@pytest.mark.parametrize("shards", [1, TOKENS])
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (2.0, 0), (1.0, 4), (2.0, 4)])
-def test_the_gradient_is_that_of_the_definition(temperature: float, top_k: int) -> None:
+def test_the_gradient_is_that_of_the_definition(temperature: float, top_k: int, shards: int) -> None:
   """d KL / d logit = T (q - p); with top-k, the others' mass is the parent's, shared as the child shares it."""
 
+  kl_weight, nll_weight = RNG.random((2, TOKENS), np.float32)
+
   def total(child: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return jnp.sum(divergence.kl_and_nll(child, PARENT, TARGETS, temperature=temperature, top_k=top_k)[0])
+    weights = (kl_weight, nll_weight)
+    loss, *_ = divergence.weighted_kl_and_nll(child, PARENT, TARGETS, weights, temperature, top_k, shards)
+    return 3 * loss
 
   hidden, head = jax.jit(jax.grad(total))(CHILD)
   p, q = (np.exp(log_p(model, temperature)) for model in (PARENT, CHILD))
@@ -93,7 +100,8 @@ def test_the_gradient_is_that_of_the_definition(temperature: float, top_k: int) 
     np.put_along_axis(among, np.argsort(-p, axis=-1)[:, :top_k], True, axis=-1)
     p, q_others = np.where(among, p, 0), np.where(among, 0, q)
     p += q_others / q_others.sum(-1, keepdims=True) * (1 - p.sum(-1, keepdims=True))
-  slope = temperature * (q - p)
+  likelihood = np.exp(log_p(CHILD)) - np.eye(VOCABULARY)[TARGETS]
+  slope = 3 * (kl_weight[:, None] * temperature * (q - p) + nll_weight[:, None] * likelihood)
   np.testing.assert_allclose(hidden, slope @ CHILD[1], atol=2e-4)
   np.testing.assert_allclose(head, slope.T @ CHILD[0], atol=2e-4)
 
@@ -105,8 +113,17 @@ def test_logits_of_bf16_matrices_are_not_rounded() -> None:
   p, q = (log_p(model) for model in (rough[1], rough[0]))
   np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-4)
   np.testing.assert_allclose(nll, -q[np.arange(TOKENS), TARGETS], rtol=1e-5)
-  gradient = jax.grad(lambda child: jnp.sum(divergence.kl_and_nll(child, rough[1], TARGETS)[0]))(rough[0])
+  ones = (np.ones(TOKENS, np.float32),) * 2
+  gradient = jax.grad(lambda child: divergence.weighted_kl_and_nll(child, rough[1], TARGETS, ones)[0])(rough[0])
   assert [g.dtype for g in gradient] == [jnp.bfloat16] * 2
+
+
+def test_a_gradient_takes_four_products_with_a_head(matmul_flops: Callable[[Any], int]) -> None:
+  """Both models' logits, and the child's gradients."""
+  ones = (np.ones(TOKENS, np.float32),) * 2
+  program = jax.make_jaxpr(jax.grad(lambda c: divergence.weighted_kl_and_nll(c, PARENT, TARGETS, ones)[0]))(CHILD)
+  chunk = 4
+  assert matmul_flops(program.jaxpr) == pytest.approx(4 * 2 * chunk * VOCABULARY * HIDDEN, rel=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [0, 4])
@@ -114,7 +131,7 @@ def test_no_array_holds_all_tokens_by_the_vocabulary(top_k: int) -> None:
   """In the compiled gradient: the largest are a chunk's."""
 
   def total(child: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return jnp.sum(divergence.kl_and_nll(child, PARENT, TARGETS, top_k=top_k)[0])
+    return divergence.weighted_kl_and_nll(child, PARENT, TARGETS, (np.ones(TOKENS, np.float32),) * 2, 1.0, top_k)[0]
 
   program = jax.jit(jax.grad(total)).lower(CHILD).compile().as_text()
   assert f"[4,{VOCABULARY}]" in program
