@@ -157,3 +157,14 @@ def test_random_children():
   free = baselines.random_feasible(table, seed=1, draws=300)
   counts = np.bincount(np.concatenate([c.choice for c in free]), minlength=9) / (300 * 8)
   np.testing.assert_allclose(counts, 1 / 9, atol=0.03)  # without limits: uniform
+
+
+def test_a_rule_by_name():
+  """In one of several scenarios, where that is said; other seeds draw other children."""
+  table, limits = random_table(1), Limits(max_runtime_s=60.0)
+  for rule, found in (("mip", solve(table, limits)), ("greedy", baselines.greedy(table, limits))):
+    assert baselines.chosen(table, limits, rule=rule).choice == found[0].choice
+  drawn = {baselines.chosen(table, limits, rule="random_feasible", seed=seed).choice for seed in range(4)}
+  assert len(drawn) > 1
+  with pytest.raises(PuzzleError, match="scenario 'other' is not in the table"):
+    baselines.chosen(table, limits, rule="uniform", scenario="other")

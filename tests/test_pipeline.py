@@ -121,7 +121,7 @@ def test_the_evaluation_says_how_sure_it_is(finished: Run) -> None:
 
 def test_tasks_and_contexts_redo_the_evaluation_alone(copy: Path, config: RunConfig, tmp_path: Path) -> None:
   (tmp_path / "sea.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 3)
-  more = dataclasses.replace(config.evaluation, tasks=(str(tmp_path / "sea.jsonl"),), contexts=(32, 64))
+  more = dataclasses.replace(config.evaluation, tasks=(str(tmp_path / "sea.jsonl"),), contexts=(32, 64), timed=False)
   before = written(copy)
   run = puzzle_jax.run(dataclasses.replace(config, evaluation=more), copy, quiet=True)
   assert {name for name, mtime in written(copy).items() if mtime != before[name]} == {"evaluation", "export", "report"}
@@ -132,6 +132,9 @@ def test_tasks_and_contexts_redo_the_evaluation_alone(copy: Path, config: RunCon
   assert run.summary["tasks"]["tasks"]["sea"]["items"] == 3
   assert run.store("evaluation").get_arrays("answers.safetensors")["sea.child"].shape == (3,)
   assert "sea" in (copy / "report" / "report.html").read_text()
+  assert "predicted_decode_s" in run.summary["models"]["child"]
+  assert "throughput" not in run.summary["models"]["child"]
+  assert "scenario, measured" not in closing_table(run.summary)
 
 
 def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
