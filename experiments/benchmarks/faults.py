@@ -220,6 +220,7 @@ class Drill:
     changes = [
       (name, process, i) for name in NAMES for process, n in enumerate(self._notes[name]["changes"]) for i in range(n)
     ]
+    ended = Ended((), "", 0.0)
     if case % 2 == 0 and case // 2 < len(changes):
       # Every second case, the changes in an order in which any number of them is spread over all.
       name, victim, change = changes[int(np.random.default_rng(0).permutation(len(changes))[case // 2])]
@@ -231,15 +232,13 @@ class Drill:
         self.run(workdir, name)
 
       ended = self.start(watched)
-    else:
-      rng = np.random.default_rng(case)
-      seconds = np.array([self._notes[name]["seconds"] for name in NAMES])
-      ended = Ended((), "", 0.0)
-      while not ended.code:  # the stage may be over before its end is due
-        name, victim = str(rng.choice(NAMES, p=seconds / seconds.sum())), int(rng.integers(self.processes))
-        after = float(rng.uniform(0, self._notes[name]["seconds"]))
-        workdir, when = self.up_to(name, self.root / "case"), f"after {after:.2f} s"
-        ended = self.start(self.running(workdir, name), kill=(victim, after))
+    rng = np.random.default_rng(case)
+    seconds = np.array([self._notes[name]["seconds"] for name in NAMES])
+    while not ended.code:  # the stage may be over before its end is due, and a slow reference saved more often
+      name, victim = str(rng.choice(NAMES, p=seconds / seconds.sum())), int(rng.integers(self.processes))
+      after = float(rng.uniform(0, self._notes[name]["seconds"]))
+      workdir, when = self.up_to(name, self.root / "case"), f"after {after:.2f} s"
+      ended = self.start(self.running(workdir, name), kill=(victim, after))
     where = f"{name}, {when}" + (f", process {victim}" if self.processes > 1 else "")
     if ended.codes[victim] != -signal.SIGKILL or _STUCK in ended.codes:
       return where, f"ended with {ended.codes}: {ended.said[-500:]}"
