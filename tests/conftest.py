@@ -1,7 +1,9 @@
 """Shared by the tests: tiny random models and packed rows."""
 
 import math
+import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,12 @@ from puzzle_jax.data import PackedText
 from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
 
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  # What several tests compile is compiled once, by whichever process of this session comes first: half of all the time.
+  _programs = tempfile.TemporaryDirectory(prefix="puzzle_jax_tests_")
+  for name, value in (("compilation_cache_dir", _programs.name), ("persistent_cache_min_compile_time_secs", 0.05)):
+    jax.config.update(f"jax_{name}", value)
+    os.environ[f"JAX_{name.upper()}"] = str(value)  # of all other processes
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the oracles are tiny, and the tests run in parallel
 
