@@ -10,9 +10,9 @@
       --batches=64,256 --children=4 --out=costs.json
 
 Shapes are the parent's, weights are random. With --children, so many random children are timed beside the models that
-the table comes from, and what the table predicts of them is printed beside what was measured. `torch` is the built-in engine, which needs nothing but PyTorch; `jax` is what a run's own
-costs are timed in. In vLLM, which takes most
-of a minute to load a model, what was measured is kept in OUT.parts: the same command goes on.
+the table comes from, and what the table predicts of them is printed beside what was measured. `torch` is the built-in
+engine, which needs nothing but PyTorch; `jax` is what a run's own costs are timed in. In vLLM, which takes most of a
+minute to load a model, what was measured is kept in OUT.parts: the same command goes on.
 """
 
 import dataclasses

@@ -101,6 +101,31 @@ def test_shares_fill_the_gpu():
   assert torch_attention.splits_of(1, 8, 300, 132) == 2  # no share below four blocks
 
 
+def test_the_benchmark_of_decoding(tmp_path, monkeypatch):
+  """At a tiny size, vLLM's step from a table whose steps are 1 s and 0.5 s a layer."""
+  parent = tmp_path / "parent"
+  random_child(parent, byte_tokenizer(), ("gqa2/w64",) * 6, vocab_size=264)
+  block = {"kind": "decode", "batch": 2, "tokens": 10, "seconds": 0.0}
+  lines = [block | {"model": f"gqa2/w64 x {d}", "tokens": t, "seconds": 1 + d / 2} for d in (6, 12) for t in (10, 40)]
+  table = {"details": {"points": lines, "timing": {"decode_steps": 4}}, "hardware": "there"}
+  (tmp_path / "vllm.json").write_text(json.dumps(table))
+  code = f"import pathlib, experiments; experiments.RESULTS = pathlib.Path({str(tmp_path)!r}); "
+  code += "from absl import app; from experiments.benchmarks import decode; app.run(decode.main)"
+  given = [f"--parent={parent}", "--name=tiny", "--batch=2", "--context=32", "--layers=2,4", "--steps=2", "--rounds=2"]
+  given += ["--bandwidth_mib=8", f"--vllm={tmp_path / 'vllm.json'}"]
+  ended = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert ended.returncode == 0, ended.stderr
+  record = json.loads((tmp_path / "decode_tiny.json").read_text())
+  assert record["vllm"]["step_s"] == pytest.approx(1 + 6 / 2)
+  a = open_parent(str(parent)).architecture
+  head = 264 * a.config.hidden_size
+  floor = 2 * (a.num_params() - head + 2 * a.config.hidden_size) + 2 * 32 * a.kv_bytes_per_token()
+  assert record["floor_s"] * record["bandwidth_bytes_per_s"] == pytest.approx(floor)
+  assert record["step_s"] == pytest.approx(
+    sum(s * record["depths"][d]["seconds"] for d, s in (("2", -1.0), ("4", 2.0)))
+  )
+
+
 @pytest.fixture
 def parent(architecture) -> Architecture:
   return architecture(*["gqa4/w48"] * 6, num_heads=4)

@@ -54,11 +54,11 @@ if triton is not None:
       place = pair * slots * H + (at + s[:, None]) * H + h[None, :]
       k = tl.load(k_ptr + place, mask=inside[:, None], other=0.0)
       v = tl.load(v_ptr + place, mask=inside[:, None], other=0.0)
-      score = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
+      score = tl.where(inside[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, -1e30)
       higher = tl.maximum(top, tl.max(score, 1))
       weight, kept = tl.exp(score - higher[:, None]), tl.exp(top - higher)
       total = total * kept + tl.sum(weight, 1)
-      found = found * kept[:, None] + tl.dot(weight.to(v.dtype), v)
+      found = found * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
       top = higher
     row = (pair * GROUP + g) * splits + split
     # A share that is empty counts for nothing: its log-sum-exp is all but minus infinity.

@@ -220,7 +220,7 @@ class Session:
     logits: [B, V] of the last call.
   """
 
-  @torch.inference_mode()
+  @torch.no_grad()
   def __init__(self, model: Model, cache: Cache):
     config, batch = model.architecture.config, cache.batch
     self._model, self._cache, self._size = model, cache, config.head_dim
@@ -232,7 +232,7 @@ class Session:
     if model.device.type == "cuda":
       self._processors = torch.cuda.get_device_properties(model.device).multi_processor_count
 
-  @torch.inference_mode()
+  @torch.no_grad()
   def prefill(self, prompts_BT: torch.Tensor) -> None:
     """Reads prompts of one length and takes the first token of each answer."""
     batch, length = prompts_BT.shape
@@ -241,15 +241,15 @@ class Session:
     rows = max(1, _PREFILL_TOKENS // length)
     for first in range(0, batch, rows):
       part = prompts_BT[first : first + rows]
-      x, delta = self._model.hidden(part.reshape(-1), functools.partial(self._attend_prompt, first, part.shape))
+      x, delta = self._model.hidden(part.reshape(-1), functools.partial(self._attend_prompt, first, length))
       last = slice(length - 1, None, length)
       self.logits[first : first + rows] = self._model.logits(x[last], None if delta is None else delta[last])
     self.tokens.copy_(self.logits.argmax(-1))
     self.at.fill_(length)
 
-  def _attend_prompt(self, first: int, shape: tuple[int, int], layer: int, s: GQA, qkv: torch.Tensor) -> torch.Tensor:
-    batch, length = shape
-    qkv = qkv.view(batch, length, -1, self._size)
+  def _attend_prompt(self, first: int, length: int, layer: int, s: GQA, qkv: torch.Tensor) -> torch.Tensor:
+    qkv = qkv.view(-1, length, qkv.shape[-1] // self._size, self._size)
+    batch = len(qkv)
     heads = qkv.shape[2] - 2 * s.kv_heads
     op = _compiled if qkv.is_cuda else lambda function: function
     cos, sin = (table[:length, None] for table in (self._cache.cos, self._cache.sin))
@@ -280,7 +280,7 @@ class Session:
     self.tokens.copy_(self.logits.argmax(-1))
     self.at.add_(1)
 
-  @torch.inference_mode()
+  @torch.no_grad()
   def capture(self) -> None:
     """On a GPU: the step as a CUDA graph, after calls that compile its pieces; overwrites `tokens` and `at`."""
     if self._model.device.type != "cuda" or self._graph is not None:
@@ -297,7 +297,7 @@ class Session:
       self._step()
     self._graph = graph
 
-  @torch.inference_mode()
+  @torch.no_grad()
   def decode(self, steps: int) -> None:
     """So many tokens more for each row; there must be room."""
     for _ in range(steps):
