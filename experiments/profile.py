@@ -5,6 +5,8 @@
     python -m experiments.run --config=configs/smollm2_135m.py:quickstart --config.costs.table=costs.json \\
       --config.space.engine=llama_cpp --config.search.engine=llama_cpp --workdir=runs/cpu
 
+    python -m experiments.profile --engine=torch --config=configs/smollm2_135m.py:compare --batches=64 --out=costs.json
+
     pip install vllm
     python -m experiments.profile --engine=vllm --config=configs/smollm2_135m.py:quickstart --scenarios=chat,2048/128 \\
       --batches=64,256 --children=4 --out=costs.json
@@ -33,7 +35,7 @@ from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import Parent, known, open_parent
 from puzzle_jax.progress import Progress
-from puzzle_jax.serving import engines, llamacpp_timing, vllm_timing
+from puzzle_jax.serving import engines, llamacpp_timing, tensorrt_llm, tensorrt_llm_timing, vllm_timing
 from puzzle_jax.serving.gguf_export import TYPES
 from puzzle_jax.serving.hf_export import DTYPES
 from puzzle_jax.serving.vllm_process import VLLM
@@ -49,7 +51,13 @@ PAPER = {  # section 6: tokens in and out
   "summarisation": (2048, 128),
   "long_context": (2048, 2048),
 }
-_NAMES = {"llamacpp": "llama_cpp", "vllm": "vllm", "torch": "torch", "jax": ""}  # in the table of capabilities
+_NAMES = {  # in the table of capabilities
+  "llamacpp": "llama_cpp",
+  "vllm": "vllm",
+  "trtllm": "tensorrt_llm",
+  "torch": "torch",
+  "jax": "",
+}
 _CONFIG = launch.define_config()
 flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _ENGINE = flags.DEFINE_enum("engine", None, list(_NAMES), "What will run the child.", required=True)
@@ -71,7 +79,9 @@ _WIDTHS = flags.DEFINE_integer(
 _PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and timed in vLLM.")
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
-_TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that vLLM splits each model over.", lower_bound=1)
+_TENSOR_PARALLEL = flags.DEFINE_integer(
+  "tensor_parallel", 1, "GPUs that vLLM or TensorRT-LLM splits models over.", lower_bound=1
+)
 
 
 def parse_scenario(text: str) -> Scenario:
@@ -130,6 +140,28 @@ def _in_torch(parent: Architecture, built: space.Space, scenarios: list[Scenario
   for child in table.details["children"]:
     print(f"{child['scenario']}, batch {child['batch']}, {child['model']}: throughput predicted {child['error']:+.1%}")
   return table
+
+
+def _in_trtllm(parent: Parent, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+  if _CHILDREN.value or (_DTYPE.value or "bfloat16") != "bfloat16":
+    raise PuzzleError("--engine=trtllm times in bfloat16 and no --children")
+  parts = Workdir(f"{_OUT.value}.parts")
+  with parts.lock():
+    return tensorrt_llm_timing.measure(
+      parent,
+      built,
+      scenarios=scenarios,
+      batches=_batches(config),
+      config=tensorrt_llm_timing.TimingConfig(
+        layers=_LAYERS.value or parent.architecture.num_layers,
+        rounds=_ROUNDS.value or 3,
+        ffn_widths=_WIDTHS.value,
+        ranks=_TENSOR_PARALLEL.value,
+      ),
+      hardware=tensorrt_llm.hardware(_TENSOR_PARALLEL.value),
+      folder=parts.root,
+      progress=Progress(),
+    )
 
 
 def _in_jax(parent: Architecture, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
@@ -221,7 +253,11 @@ def main(argv: list[str]) -> None:
     table = measured(architecture, space.build(architecture, **named), scenarios, config)
   else:
     parent = open_parent(config.parent)
-    table = _in_llamacpp(parent, space.build(parent.architecture, **named), scenarios)
+    built = space.build(parent.architecture, **named)
+    if _ENGINE.value == "trtllm":
+      table = _in_trtllm(parent, built, scenarios, config)
+    else:
+      table = _in_llamacpp(parent, built, scenarios)
   said = [
     argument for argument in sys.argv[1:] if not argument.startswith("--engine_p")
   ]  # where vLLM lies is no matter
