@@ -88,7 +88,7 @@ def test_costs_by_difference(tmp_path, quiet, monkeypatch):
   """With a stand-in whose seconds are those of the layers that have attention, and one more."""
   random_child(tmp_path / "parent", byte_tokenizer(), ("gqa4/w512",) * 6, vocab_size=264)
   parent = open_parent(str(tmp_path / "parent"))
-  built = space.build(parent.architecture, attention=["none"], ffn=["none"], engine="tensorrt_llm")
+  built = space.build(parent.architecture, attention=["none"], ffn=["none"], ffn_multiple=256, engine="tensorrt_llm")
   config = tensorrt_llm_timing.TimingConfig(layers=6, rounds=2)
   options = {"scenarios": [CHAT], "batches": [2], "config": config, "hardware": "here", "folder": tmp_path / "parts"}
   monkeypatch.setenv("PATH", str(tmp_path / "bin"))

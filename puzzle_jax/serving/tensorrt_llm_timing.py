@@ -122,6 +122,7 @@ def measure(
 
 
 def _write(model: Architecture, parent: Parent, folder: Path) -> Path:
+  (folder / "child").mkdir()
   by_difference.write_random(folder / "child", model, parent.tokenizer())
   export_hf(folder / "child", folder / "model", engine=ENGINE)
   return folder / "model"
