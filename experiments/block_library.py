@@ -1,7 +1,7 @@
 """Runs the arms of configs/block_library.py and compares them: python -m experiments.block_library --workdir=runs/study
 
-Each arm is a run of its own below the work directory; started again, it goes on. The record says, for each arm and kind
-of variant, the held-out loss before and after training and what the variant costs in the parent (KL, mean over layers).
+Each arm is a run of its own below the work directory; started again, it goes on. The record says, for each arm, kind of
+variant and layer, the held-out loss before and after training and what the variant costs in the parent (KL).
 """
 
 import datetime
@@ -44,31 +44,34 @@ def config_of(arm: str, shared: dict[str, Any]) -> RunConfig:
   return RunConfig.from_dict(values.to_dict())
 
 
-def found(run: Run) -> dict[str, Any]:
-  """By variant, over layers: mean losses and scores."""
+def found(run: Run) -> dict[str, dict[str, list[float]]]:
+  """By variant, layer after layer: losses and scores, to five digits."""
   variants: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
   for layer, space in enumerate(run.space.layers):
     losses = run.library.losses(layer)
     for block in space.single_replacements:
       (changed,) = (s for s in block.subblocks if s not in space.parent.subblocks)
       if block.name in run.scores[layer]:
-        variants[changed.id]["kl"].append(run.scores[layer][block.name]["kl"])
-      for kind in ("delta_init", "delta_trained", "paper_init", "paper_trained"):
-        variants[changed.id][kind].append(losses[changed.id][kind])
-  result: dict[str, Any] = {name: {k: float(np.mean(v)) for k, v in kinds.items()} for name, kinds in variants.items()}
-  return result
+        variants[changed.id]["kl"].append(_rounded(run.scores[layer][block.name]["kl"]))
+        for kind in ("delta_init", "delta_trained", "paper_init", "paper_trained"):
+          variants[changed.id][kind].append(_rounded(losses[changed.id][kind]))
+  return variants
 
 
-def pairs(run: Run) -> dict[str, dict[str, float]]:
-  """Of coupled pairs, by block: mean KL as pairs of decoupled subblocks and trained together."""
+def _rounded(x: float) -> float:
+  return float(f"{x:.5g}")
+
+
+def pairs(run: Run) -> dict[str, dict[str, list[float]]]:
+  """Of coupled pairs, by block, layer after layer: KL as pairs of decoupled subblocks and trained together."""
   result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
   store = run.store("coupled")
   for layer, scores in enumerate(run.scores):
     file = f"scores/layer_{layer:02d}.json"
     for block, coupled in store.get_json(file)["blocks"].items() if file in store else ():
-      result[block]["decoupled"].append(scores[block]["kl"])
-      result[block]["coupled"].append(coupled["kl"])
-  return {block: {k: float(np.mean(v)) for k, v in kinds.items()} for block, kinds in result.items()}
+      result[block]["decoupled"].append(_rounded(scores[block]["kl"]))
+      result[block]["coupled"].append(_rounded(coupled["kl"]))
+  return result
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> None:
     first = first or folder
     seconds = {name: run.store(name).record["timing"]["seconds"] for name in ("library", "scores")}
     arms[arm] = {"changes": block_library.ARMS[arm], "variants": found(run), "pairs": pairs(run), "seconds": seconds}
-    print(arm, {k: round(v["kl"], 4) for k, v in arms[arm]["variants"].items()}, flush=True)
+    print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in found(run).items()}, flush=True)
     write_json(
       RESULTS / f"{_NAME.value}.json",
       {

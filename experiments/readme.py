@@ -1,8 +1,11 @@
 """Writes the measured tables of README and docs from experiments/results/: python -m experiments.readme [--check]."""
 
 import json
+import math
 import re
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +218,77 @@ def bld() -> str:
   return "\n".join(notes) + "\n\n" + _table(header, rows)
 
 
+def block_library() -> str:
+  """What each choice of the block library's making is worth: the cost in the parent against that of the default."""
+  record = _record("block_library")
+  base = record["arms"]["base"]["variants"]
+  names = sorted(base, key=lambda name: statistics.mean(base[name]["kl"]))
+  rows = []
+  for arm, result in record["arms"].items():
+    cells = []
+    for name in names:
+      if arm == "base":
+        cells.append(f"{1000 * statistics.mean(base[name]['kl']):.1f}")
+      else:
+        cells.append(_difference(result["variants"][name]["kl"], base[name]["kl"]))
+    rows.append([f"`{arm}`", *cells, f"{result['seconds']['library']:.0f}"])
+  layers = len(base[names[0]]["kl"])
+  return (
+    f"{_run_by(record)} KL to the parent in thousandths of a nat a token, mean over {layers} layers; below the first "
+    "line differences to it ± their standard error over layers, in bold beyond twice that.\n\n"
+  ) + _table(["arm", *(f"`{name}`" for name in names), "library, seconds"], rows)
+
+
+def _difference(found: list[float], base: list[float]) -> str:
+  """Of paired figures, in thousandths."""
+  moved = [1000 * (a - b) for a, b in zip(found, base, strict=True)]
+  mean, error = statistics.mean(moved), statistics.stdev(moved) / math.sqrt(len(moved))
+  text = f"{mean:+.1f} ± {error:.1f}"
+  return f"**{text}**" if abs(mean) > 2 * error else text
+
+
+def coupled_pairs() -> str:
+  """Pairs of subblocks distilled apart, together from there on, and together from the start."""
+  arms = _record("block_library")["arms"]
+  apart, start = arms["coupled"]["pairs"], arms["coupled_from_the_start"]["pairs"]
+  rows = [
+    [
+      f"`{block}`",
+      f"{1000 * statistics.mean(pair['decoupled']):.1f}",
+      _difference(pair["coupled"], pair["decoupled"]),
+      _difference(start[block]["coupled"], start[block]["decoupled"]),
+    ]
+    for block, pair in apart.items()
+  ]
+  header = ["pair", "apart: KL, thousandths of a nat", "then together", "together from the start"]
+  return _table(header, rows)
+
+
+def library_variants() -> str:
+  """Each variant of SmolLM2's library: what it loses and costs, as the median and the range over layers."""
+  summary = _record("smollm2_135m/full_space/report/summary")
+  losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+  layers = zip(summary["library"], summary["scores"], summary["models"]["parent"]["blocks"], strict=True)
+  for variants, scores, parent in layers:
+    attention, ffn = parent.split("/")
+    for name, variant in variants.items():
+      slot, _, kind = name.partition(".")
+      left_out = variants[f"{slot}.none"]["losses"]["delta_init"]
+      for when in ("delta_init", "delta_trained"):
+        losses[name][when].append(variant["losses"][when] / left_out)
+      losses[name]["kl"].append(scores[f"{kind}/{ffn}" if slot == "attention" else f"{attention}/{kind}"]["kl"])
+
+  def cell(values: list[float], scale: float, form: str) -> str:
+    low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+  rows = [
+    [f"`{name}`", cell(v["delta_init"], 1, ".3f"), cell(v["delta_trained"], 1, ".3f"), cell(v["kl"], 1000, ".1f")]
+    for name, v in sorted(losses.items(), key=lambda item: statistics.median(item[1]["kl"]))
+  ]
+  return _table(["variant", "loss at first", "after training", "KL in the parent, thousandths of a nat"], rows)
+
+
 def engine_fidelity() -> str:
   """Exported models in vLLM, against JAX's tokens."""
   record = _record("engine_fidelity")
@@ -280,6 +354,9 @@ _WRITERS = (
   export_speed,
   faults,
   bld,
+  block_library,
+  coupled_pairs,
+  library_variants,
   engine_fidelity,
   vllm_costs,
   decode,
