@@ -143,7 +143,7 @@ def test_costs_explain_whole_models(parent, quiet, monkeypatch):
     work = sum(b.num_params(parent.config) for b in session._model.architecture.blocks)
     heads = sum(torch_engine.kv_heads(session._model.architecture))
     found = {"prefill": 1.0 + prompts.numel() * work}
-    return found | {str(c): 0.5 + work + heads * c for c in torch_timing.contexts(scenario, steps)}
+    return found | {str(c): 0.5 + work + heads * c for c in torch_timing.contexts(scenario)}
 
   monkeypatch.setattr(torch_timing, "_once", once)
   built = space.build(parent, attention=["gqa1", "linear", "none"], ffn=["w24", "linear", "none"], ffn_multiple=8)
@@ -209,3 +209,20 @@ def test_random_weights_are_shared(parent):
   first, second = weights.model(parent), weights.model(dataclasses.replace(parent, blocks=parent.blocks[:3]))
   assert first.layers[2]["ffn"]["down"] is second.layers[2]["ffn"]["down"]
   assert first.layers[1]["ffn"]["down"] is not first.layers[2]["ffn"]["down"]
+
+
+def test_parent_and_child_side_by_side(tmp_path):
+  for name, blocks in {"parent": ("gqa4/w256",) * 2, "child": ("gqa1/w256", "linear/none")}.items():
+    random_child(tmp_path / name, byte_tokenizer(), blocks, vocab_size=264)
+    export_hf(tmp_path / name, tmp_path / "out/exports" / name, engine="torch")
+  command = [sys.executable, "-m", "experiments.serve_compare", "--engine=torch", f"--out={tmp_path / 'out'}"]
+  command += ["--scenarios=6/4", "--batches=2", "--rounds=1"]
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert ended.returncode == 0, ended.stderr
+  assert "6/4, batch 2: tokens/s, in and out" in ended.stdout
+  found = json.loads((tmp_path / "out/served.json").read_text())
+  for model in found["parent"], found["child"]:
+    figures = model["figures"]["6/4"]["2"]
+    whole_s = 2 * 10 / figures["throughput"]
+    assert figures["first_token_s"] + 3 * figures["token_s"] == pytest.approx(whole_s)
+  assert found["parent"]["kv_bytes_per_token"] == 8 * found["child"]["kv_bytes_per_token"]

@@ -128,7 +128,8 @@ def store_rotated(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-  """For a GPU: PyTorch compiles it for the first shapes that come, and once more for all others."""
+  """For a GPU: PyTorch compiles it for the first shapes that come, and once more for those that vary."""
+  torch._dynamo.config.recompile_limit = 64  # batches of one, tokens of prompts, FFNs of many widths
   return torch.compile(function)
 
 
@@ -195,14 +196,15 @@ class Cache:
   def __init__(self, config: ModelConfig, layers: Sequence[int], *, batch: int, length: int, dtype: torch.dtype):
     """`layers`: KV heads of each, the most of all models that will use it; 0: none."""
     self.batch, self.length, self._size = batch, length, config.head_dim
-    per_head = 2 * batch * length * config.head_dim
-    self._flat = [torch.zeros(heads * per_head, dtype=dtype, device=device()) for heads in layers]
+    sizes = [heads * batch * length * config.head_dim for heads in layers]
+    # Keys and values lie apart: what writes both is compiled, and must not take them for one array.
+    self._flat = [tuple(torch.zeros(n, dtype=dtype, device=device()) for _ in "kv") for n in sizes]
     self.cos, self.sin = (table.to(device()) for table in rope_tables(config, length))
 
   def of(self, layer: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, K, S, H]."""
-    shape = (2, self.batch, kv_heads, self.length, self._size)
-    k, v = self._flat[layer][: math.prod(shape)].view(shape)
+    shape = (self.batch, kv_heads, self.length, self._size)
+    k, v = (flat[: math.prod(shape)].view(shape) for flat in self._flat[layer])
     return k, v
 
 
@@ -242,8 +244,8 @@ class Session:
     for first in range(0, batch, rows):
       part = prompts_BT[first : first + rows]
       x, delta = self._model.hidden(part.reshape(-1), functools.partial(self._attend_prompt, first, length))
-      last = slice(length - 1, None, length)
-      self.logits[first : first + rows] = self._model.logits(x[last], None if delta is None else delta[last])
+      ends = torch.arange(length - 1, len(x), length, device=x.device)
+      self.logits[first : first + rows] = self._model.logits(x[ends], None if delta is None else delta[ends])
     self.tokens.copy_(self.logits.argmax(-1))
     self.at.fill_(length)
 

@@ -137,9 +137,9 @@ def measure(
   return table
 
 
-def contexts(scenario: Scenario, steps: int) -> list[int]:
-  """Filled cache slots at which timings begin: where the answer begins, in its middle and so that they end with it."""
-  last = max(scenario.input_tokens, scenario.tokens - steps)
+def contexts(scenario: Scenario) -> list[int]:
+  """Filled cache slots around which steps are timed: where the answer begins, in its middle and at its end."""
+  last = max(scenario.input_tokens, scenario.tokens - 1)
   return sorted({scenario.input_tokens, (scenario.input_tokens + last) // 2, last})
 
 
@@ -176,8 +176,8 @@ def _once(session: Session, prompts: torch.Tensor, scenario: Scenario, steps: in
   session.prefill(prompts)
   torch_engine.wait()
   found = {"prefill": time.perf_counter() - begin}
-  for context in contexts(scenario, steps):
-    session.at.fill_(context)
+  for context in contexts(scenario):
+    session.at.fill_(max(0, context - steps // 2))
     torch_engine.wait()
     begin = time.perf_counter()
     session.decode(steps)
