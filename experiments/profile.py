@@ -5,13 +5,16 @@
     python -m experiments.run --config=configs/smollm2_135m.py:quickstart --config.costs.table=costs.json \\
       --config.space.engine=llama_cpp --config.search.engine=llama_cpp --workdir=runs/cpu
 
+    python -m experiments.profile --engine=torch --config=configs/smollm2_135m.py:compare --batches=64 --out=costs.json
+
     pip install vllm
     python -m experiments.profile --engine=vllm --config=configs/smollm2_135m.py:quickstart --scenarios=chat,2048/128 \\
       --batches=64,256 --children=4 --out=costs.json
 
 Shapes are the parent's, weights are random. With --children, so many random children are timed beside the models that
-the table comes from, and what the table predicts of them is printed beside what was measured. In vLLM, which takes most
-of a minute to load a model, what was measured is kept in OUT.parts: the same command goes on.
+the table comes from, and what the table predicts of them is printed beside what was measured. `torch` is the built-in
+engine, which needs nothing but PyTorch; `jax` is what a run's own costs are timed in. In vLLM, which takes most of a
+minute to load a model, what was measured is kept in OUT.parts: the same command goes on.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ from puzzle_jax.costs import CostTable, Scenario, jax_timing
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import Parent, known, open_parent
 from puzzle_jax.progress import Progress
-from puzzle_jax.serving import engines, llamacpp_timing, vllm_timing
+from puzzle_jax.serving import engines, llamacpp_timing, tensorrt_llm, tensorrt_llm_timing, vllm_timing
 from puzzle_jax.serving.gguf_export import TYPES
 from puzzle_jax.serving.hf_export import DTYPES
 from puzzle_jax.serving.vllm_process import VLLM
@@ -48,7 +51,13 @@ PAPER = {  # section 6: tokens in and out
   "summarisation": (2048, 128),
   "long_context": (2048, 2048),
 }
-_NAMES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # in the table of capabilities
+_NAMES = {  # in the table of capabilities
+  "llamacpp": "llama_cpp",
+  "vllm": "vllm",
+  "trtllm": "tensorrt_llm",
+  "torch": "torch",
+  "jax": "",
+}
 _CONFIG = launch.define_config()
 flags.adopt_module_key_flags(launch)  # --help shows --config, too
 _ENGINE = flags.DEFINE_enum("engine", None, list(_NAMES), "What will run the child.", required=True)
@@ -58,15 +67,21 @@ _SCENARIOS = flags.DEFINE_list(
 )
 _DTYPE = flags.DEFINE_enum("dtype", None, [*TYPES, *DTYPES], "Of the weights; Q4_1 or bfloat16 if empty.")
 _LAYERS = flags.DEFINE_integer("layers", 0, "Of the timed models; the parent's if 0.")
-_ROUNDS = flags.DEFINE_integer("rounds", 0, "How often each timing is repeated; 10 in llama.cpp, 3 in vLLM if 0.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 0, "How often each timing is repeated; 10 in llama.cpp, 3 in vLLM, 5 in torch if 0."
+)
 _CHILDREN = flags.DEFINE_integer("children", 0, "Random children to time beside.", lower_bound=0)
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of llama.cpp.")
-_BATCHES = flags.DEFINE_list("batches", [], "Requests at once in vLLM; the config's if empty.")
-_WIDTHS = flags.DEFINE_integer("ffn_widths", 0, "FFN widths timed in vLLM, the others between them; all if 0.")
+_BATCHES = flags.DEFINE_list("batches", [], "Requests at once, but in llama.cpp; the config's if empty.")
+_WIDTHS = flags.DEFINE_integer(
+  "ffn_widths", 0, "FFN widths timed in vLLM and torch, the others between them; all if 0."
+)
 _PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and timed in vLLM.")
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
-_TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that vLLM splits each model over.", lower_bound=1)
+_TENSOR_PARALLEL = flags.DEFINE_integer(
+  "tensor_parallel", 1, "GPUs that vLLM or TensorRT-LLM splits models over.", lower_bound=1
+)
 
 
 def parse_scenario(text: str) -> Scenario:
@@ -92,6 +107,74 @@ def random_children(parent: Architecture, built: space.Space, number: int, name:
       blocks.append(able[rng.integers(len(able))] if changed else layer.parent)
     found[f"child {k}"] = dataclasses.replace(parent, blocks=tuple(blocks))
   return found
+
+
+def _batches(config: RunConfig) -> list[int]:
+  if not all(batch.isdigit() and int(batch) for batch in _BATCHES.value):
+    raise PuzzleError(f"--batches={','.join(_BATCHES.value)} must be whole numbers above 0, separated by commas")
+  return sorted({int(batch) for batch in _BATCHES.value} or set(config.costs.batches))
+
+
+def _in_torch(parent: Architecture, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+  try:
+    from puzzle_jax.serving import torch_engine, torch_timing  # an extra
+  except ImportError as e:
+    raise PuzzleError(f"--engine=torch needs {e.name}: run `pip install torch`") from e
+  table = torch_timing.measure(
+    parent,
+    built,
+    scenarios=scenarios,
+    batches=_batches(config),
+    config=torch_timing.TimingConfig(
+      dtype=_DTYPE.value or "bfloat16",
+      layers=_LAYERS.value or parent.num_layers,
+      rounds=_ROUNDS.value or 5,
+      ffn_widths=_WIDTHS.value,
+    ),
+    hardware=torch_engine.gpu() or jax_timing.hardware(),  # JAX would take the GPU's memory, if it were asked
+    progress=Progress(),
+    children=random_children(parent, built, _CHILDREN.value, "torch"),
+  )
+  for point in table.details["unreachable"]:
+    print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
+  for child in table.details["children"]:
+    print(f"{child['scenario']}, batch {child['batch']}, {child['model']}: throughput predicted {child['error']:+.1%}")
+  return table
+
+
+def _in_trtllm(parent: Parent, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+  if _CHILDREN.value or (_DTYPE.value or "bfloat16") != "bfloat16":
+    raise PuzzleError("--engine=trtllm times in bfloat16 and no --children")
+  parts = Workdir(f"{_OUT.value}.parts")
+  with parts.lock():
+    return tensorrt_llm_timing.measure(
+      parent,
+      built,
+      scenarios=scenarios,
+      batches=_batches(config),
+      config=tensorrt_llm_timing.TimingConfig(
+        layers=_LAYERS.value or parent.architecture.num_layers,
+        rounds=_ROUNDS.value or 3,
+        ffn_widths=_WIDTHS.value,
+        ranks=_TENSOR_PARALLEL.value,
+      ),
+      hardware=tensorrt_llm.hardware(_TENSOR_PARALLEL.value),
+      folder=parts.root,
+      progress=Progress(),
+    )
+
+
+def _in_jax(parent: Architecture, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
+  if _CHILDREN.value or (_DTYPE.value or "float32") != "float32":
+    raise PuzzleError("--engine=jax times in float32 and no --children; a run's evaluation times its child in JAX")
+  timing = dataclasses.replace(
+    config.costs.timing,
+    layers=_LAYERS.value or config.costs.timing.layers,
+    rounds=_ROUNDS.value or config.costs.timing.rounds,
+  )
+  return jax_timing.measure(
+    parent, built, scenarios=scenarios, batches=_batches(config), config=timing, progress=Progress()
+  )
 
 
 def _in_llamacpp(parent: Parent, built: space.Space, scenarios: list[Scenario]) -> CostTable:
@@ -128,9 +211,7 @@ def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario]
   )
   if timing.dtype not in DTYPES:
     raise PuzzleError(f"--dtype={timing.dtype} is not of vLLM; take one of {', '.join(DTYPES)}")
-  if not all(batch.isdigit() and int(batch) for batch in _BATCHES.value):
-    raise PuzzleError(f"--batches={','.join(_BATCHES.value)} must be whole numbers above 0, separated by commas")
-  batches = sorted({int(batch) for batch in _BATCHES.value} or set(config.costs.batches))
+  batches = _batches(config)
   parts = Workdir(f"{_OUT.value}.parts")
   with parts.lock():
     table = vllm_timing.measure(
@@ -166,9 +247,17 @@ def main(argv: list[str]) -> None:
   if _ENGINE.value == "vllm":
     architecture = known.architecture_of(config.parent)
     table = _in_vllm(architecture, space.build(architecture, **named), scenarios, config)
+  elif _ENGINE.value in ("torch", "jax"):
+    architecture = known.architecture_of(config.parent)
+    measured = _in_torch if _ENGINE.value == "torch" else _in_jax
+    table = measured(architecture, space.build(architecture, **named), scenarios, config)
   else:
     parent = open_parent(config.parent)
-    table = _in_llamacpp(parent, space.build(parent.architecture, **named), scenarios)
+    built = space.build(parent.architecture, **named)
+    if _ENGINE.value == "trtllm":
+      table = _in_trtllm(parent, built, scenarios, config)
+    else:
+      table = _in_llamacpp(parent, built, scenarios)
   said = [
     argument for argument in sys.argv[1:] if not argument.startswith("--engine_p")
   ]  # where vLLM lies is no matter

@@ -342,6 +342,22 @@ def ablations() -> str:
   return f"{heading}\n\n{_table(*ablation_table.rows(record))}"
 
 
+def decode() -> str:
+  """The built-in PyTorch engine's decode step, against reading the memory and against vLLM's."""
+  record = _record("decode_llama_8b")
+  step, floor = record["step_s"], record["floor_s"]
+  rows = [["here", f"{step * 1e3:.2f}", f"{step / floor:.2f}×"]]
+  if (vllm := record.get("vllm")) is not None:
+    rows.append(["vLLM", f"{vllm['step_s'] * 1e3:.2f}", f"{vllm['step_s'] / floor:.2f}×"])
+  rows.append(["reading weights and cache", f"{floor * 1e3:.2f}", "1.00×"])
+  heading = (
+    f"`{record['command']}`, {record['hardware']}, {record['date']}, PyTorch {record['versions']['torch']}; "
+    f"{record['parent']}, batch {record['batch']}, context {record['context']:,}, {record['dtype']}; "
+    f"{record['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s."
+  )
+  return f"{heading}\n\n{_table(['', 'a step (ms)', 'to the floor'], rows)}"
+
+
 _WRITERS = (
   quickstart,
   parent_quality,
@@ -359,6 +375,7 @@ _WRITERS = (
   engine_fidelity,
   vllm_costs,
   ablations,
+  decode,
 )
 TABLES = {f.__name__: f for f in _WRITERS}
 

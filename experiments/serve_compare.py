@@ -25,7 +25,7 @@ from puzzle_jax.serving.hf_export import DTYPES
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.store import Workdir, read_json, write_json
 
-_ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "tensorrt_llm"], "What runs both.", required=True)
+_ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "tensorrt_llm", "torch"], "What runs both.", required=True)
 _OUT = flags.DEFINE_string("out", None, "A folder for exports, what was measured, and served.json.", required=True)
 _CHILD = flags.DEFINE_string("child", "", "A run's work directory, or a child's own; not needed once it is exported.")
 _PARENT = flags.DEFINE_string("parent", "", "The run's if empty; all that --config.parent takes.")
@@ -74,6 +74,14 @@ def _measured(
     return tensorrt_llm.serve(
       models, scenarios=scenarios, batches=batches, ranks=ranks, folder=folder, progress=Progress()
     )
+  if _ENGINE.value == "torch":
+    if ranks > 1 or _DTYPE.value != "bfloat16":
+      raise PuzzleError("--engine=torch runs bfloat16 on one GPU: leave out --tensor_parallel and --dtype")
+    try:
+      from puzzle_jax.serving import torch_served  # an extra
+    except ImportError as e:
+      raise PuzzleError(f"--engine=torch needs {e.name}: run `pip install torch`") from e
+    return torch_served.serve(models, scenarios=scenarios, batches=batches, rounds=_ROUNDS.value, progress=Progress())
   return served.serve(
     models,
     scenarios=scenarios,

@@ -2,14 +2,17 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from children import byte_tokenizer, random_child
 
+from puzzle_jax import space
 from puzzle_jax.costs import Scenario
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.serving import served, tensorrt_llm
+from puzzle_jax.parents import open_parent
+from puzzle_jax.serving import served, tensorrt_llm, tensorrt_llm_timing
 from puzzle_jax.serving.hf_export import export_hf
 
 CHAT = Scenario("20/30", 20, 30)
@@ -79,3 +82,49 @@ def test_models_side_by_side(tmp_path, quiet, monkeypatch):
   text = served.table(found["parent"], found["child"])
   assert "first token (ms)" in text
   assert "most requests at once" not in text  # it does not say
+
+
+def test_costs_by_difference(tmp_path, quiet, monkeypatch):
+  """With a stand-in whose seconds are those of the layers that have attention, and one more."""
+  random_child(tmp_path / "parent", byte_tokenizer(), ("gqa4/w512",) * 6, vocab_size=264)
+  parent = open_parent(str(tmp_path / "parent"))
+  built = space.build(parent.architecture, attention=["none"], ffn=["none"], ffn_multiple=256, engine="tensorrt_llm")
+  config = tensorrt_llm_timing.TimingConfig(layers=6, rounds=2)
+  options = {"scenarios": [CHAT], "batches": [2], "config": config, "hardware": "here", "folder": tmp_path / "parts"}
+  monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+  with pytest.raises(PuzzleError, match="TensorRT-LLM is not installed here"):
+    tensorrt_llm_timing.measure(parent, built, progress=quiet, **options)
+  (tmp_path / "bin").mkdir()
+  stand_in = tmp_path / "bin/trtllm-bench"
+  stand_in.write_text(
+    f"""#!{sys.executable}
+import json, pathlib, sys
+with open({str(tmp_path / "calls")!r}, "a") as calls:
+  print(*sys.argv[1:], file=calls)
+model = pathlib.Path(sys.argv[sys.argv.index("--model_path") + 1])
+assert (model / "model.safetensors").is_file() and (model / "tokenizer.json").is_file()
+blocks = json.loads((model / "config.json").read_text())["block_configs"]
+ms = 1000 * (1 + sum(2 * (not b["attention"]["no_op"]) + (not b["ffn"]["no_op"]) for b in blocks))
+print({REPORT!r}.replace("425.9885", str(10 * ms)).replace("3.2344", str(ms)))
+"""
+  )
+  os.chmod(stand_in, 0o755)
+  table = tensorrt_llm_timing.measure(parent, built, progress=quiet, **options)
+  for name, seconds in {"attention.gqa4": 2.0, "ffn.w512": 1.0, "attention.none": 0.0}.items():
+    found = table.subblocks[name]["20/30"]["2"]
+    assert found == pytest.approx({"prefill_s": 10 * seconds, "decode_s": 29 * seconds}, abs=1e-9)
+  assert table.fixed["20/30"]["2"] == pytest.approx({"prefill_s": 10.0, "decode_s": 29.0})
+  assert (table.backend, table.kv_width) == ("tensorrt_llm", 2)
+  calls = (tmp_path / "calls").read_text()
+  assert tensorrt_llm_timing.measure(parent, built, progress=quiet, **options) == table
+  assert (tmp_path / "calls").read_text() == calls  # nothing is measured twice
+
+
+def test_the_machine(tmp_path, monkeypatch):
+  monkeypatch.setenv("PATH", str(tmp_path))
+  (tmp_path / "trtllm-bench").touch(0o755)
+  with pytest.raises(PuzzleError, match="TensorRT-LLM needs a GPU, and nvidia-smi names none"):
+    tensorrt_llm.hardware(1)
+  (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H100\necho NVIDIA H100\n")
+  os.chmod(tmp_path / "nvidia-smi", 0o755)
+  assert tensorrt_llm.hardware(2) == "2 x NVIDIA H100"

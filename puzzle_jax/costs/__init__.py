@@ -16,8 +16,13 @@ from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
 
 FORMAT = "puzzle-costs/1"
-_ENGINES = {"llamacpp": "llama_cpp", "vllm": "vllm"}  # of `serving.engines`, by backend; JAX stands in for any
-_PACKAGES = {"jax": "jax", "llamacpp": "llama-cpp-python", "vllm": "vllm"}
+# Of `serving.engines`, by backend; JAX stands in for any.
+_ENGINES = {
+  "llamacpp": "llama_cpp",
+  "vllm": "vllm",
+  "torch": "torch",
+}  # of `serving.engines`, by backend; JAX stands in for any
+_PACKAGES = {"jax": "jax", "llamacpp": "llama-cpp-python"} | {name: name for name in ("vllm", "torch", "tensorrt_llm")}
 
 Seconds = dict[str, float]  # prefill_s and decode_s of a whole scenario for a whole batch
 
@@ -44,7 +49,7 @@ class CostTable:
   """Measured seconds.
 
   Attributes:
-    backend: what measured them: `jax`, `llamacpp` or `vllm`.
+    backend: what measured them: `jax`, `llamacpp`, `vllm`, `torch` or `tensorrt_llm`.
     hardware: the machine.
     versions: of the software.
     bytes_per_value: of weights as deployed, on average.

@@ -8,16 +8,19 @@ and one of half the depth. Imports no JAX.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock, SwiGLU
+from puzzle_jax import checkpoint
+from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock, SwiGLU, Tensor
 from puzzle_jax.costs import Seconds
 from puzzle_jax.costs.differences import fit
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
+from puzzle_jax.tokenizer import Tokenizer
 
 PHASES = ("prefill_s", "decode_s")
 
@@ -57,6 +60,21 @@ def spread_widths(subblocks: Collection[Subblock], parent: Architecture, number:
     steps = np.linspace(widths[0], widths[-1], max(number, 2))
     widths = sorted({min(widths, key=lambda w: abs(w - step)) for step in steps})
   return [s for s in subblocks if not isinstance(s, SwiGLU) or s.width in widths or s in own]
+
+
+def write_random(folder: Path, architecture: Architecture, tokenizer: Tokenizer) -> None:
+  """A child's directory of random weights; equal subblocks have equal ones."""
+  rng, drawn = np.random.default_rng(0), dict[Subblock, dict[str, np.ndarray]]()
+
+  def arrays(shapes: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: rng.standard_normal(t.shape, np.float32) * np.float32(0.02) for name, t in shapes.items()}
+
+  for block in architecture.blocks:
+    for s in block.subblocks:
+      if s not in drawn:
+        drawn[s] = arrays(s.tensors(architecture.config))
+  layers = ({s.slot: drawn[s] for s in block.subblocks} for block in architecture.blocks)
+  checkpoint.write_checkpoint(folder, architecture, arrays(architecture.head_tensors()), layers, tokenizer=tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ ENGINES: dict[str, Engine] = {
     dtypes=_FLOATS | FP8,
     seen="5.23: children with every block",
   ),
+  "torch": Engine(title="the built-in PyTorch engine", ffn_multiple=1),
   "portable": Engine(  # what all of these run
     title="every engine",
     subblocks=_BASIC,

@@ -15,15 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from puzzle_jax import checkpoint
-from puzzle_jax.arch import Architecture, Subblock
+from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
+from puzzle_jax.serving import by_difference
 from puzzle_jax.serving.by_difference import (
   PHASES,
   Differences,
@@ -150,22 +148,9 @@ def _version() -> str:
 
 
 def _write(architecture: Architecture, parent: Parent, out: Path, dtype: str) -> None:
-  """A file of random weights; equal subblocks have equal ones."""
-  rng, drawn = np.random.default_rng(0), dict[Subblock, dict[str, np.ndarray]]()
-
-  def arrays(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: rng.standard_normal(t.shape, np.float32) * np.float32(0.02) for name, t in shapes.items()}
-
-  for block in architecture.blocks:
-    for s in block.subblocks:
-      if s not in drawn:
-        drawn[s] = arrays(s.tensors(architecture.config))
   with temporary_folder() as folder:
-    child = Path(folder)
-    layers = ({s.slot: drawn[s] for s in block.subblocks} for block in architecture.blocks)
-    head = arrays(architecture.head_tensors())
-    checkpoint.write_checkpoint(child, architecture, head, layers, tokenizer=parent.tokenizer())
-    export_gguf(child, out, dtype=dtype)
+    by_difference.write_random(Path(folder), architecture, parent.tokenizer())
+    export_gguf(Path(folder), out, dtype=dtype)
 
 
 class _Model:

@@ -4,6 +4,8 @@ Written against the documentation of releases 1.0 to 1.3; nothing here has met t
 engine builder, is no longer among what `trtllm-bench` of 1.3 takes. Imports neither JAX nor TensorRT-LLM.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import random
 import re
@@ -72,6 +74,40 @@ def parse_report(text: str) -> Figures:
   return Figures(found["total"], found["output"], found["first"] / 1e3, found["token"] / 1e3)
 
 
+def installed() -> str:
+  """The version that is installed, or nothing where it does not say; raises PuzzleError where there is none."""
+  if shutil.which(_COMMAND) is None:
+    raise PuzzleError(_MISSING)
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return importlib.metadata.version("tensorrt_llm")
+  return ""
+
+
+def hardware(ranks: int) -> str:
+  """The GPUs, as cost tables name them; raises PuzzleError where the driver's own command names none."""
+  installed()
+  query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+  try:
+    names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+  except (OSError, subprocess.CalledProcessError) as e:
+    raise PuzzleError(f"TensorRT-LLM needs a GPU, and nvidia-smi names none: {e}") from e
+  return f"{ranks} x {names[0].strip()}"
+
+
+def bench(model: Path, scenario: Scenario, *, batch: int, ranks: int, log: Path, keep: bool = False) -> Figures:
+  """Measures one batch of requests; what the engine prints goes to `log`. With `keep`, a report there is read again."""
+  if keep and log.is_file():
+    with contextlib.suppress(PuzzleError):
+      return parse_report(log.read_text())
+  log.parent.mkdir(parents=True, exist_ok=True)
+  vocab_size = open_parent(str(model)).architecture.config.vocab_size
+  write_dataset(log.with_suffix(".jsonl"), scenario, requests=batch, vocab_size=vocab_size)
+  command = bench_command(model, log.with_suffix(".jsonl"), batch=batch, ranks=ranks)
+  ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+  log.write_text(ended.stdout)
+  return parse_report(ended.stdout)
+
+
 def serve(
   models: Mapping[str, Path],
   *,
@@ -93,9 +129,7 @@ def serve(
   Raises:
     PuzzleError: TensorRT-LLM is missing, or fails; its output is in `folder`.
   """
-  if shutil.which(_COMMAND) is None:
-    raise PuzzleError(_MISSING)
-  folder.mkdir(parents=True, exist_ok=True)
+  installed()
   result = {}
   with progress.bar("serving", total=len(models) * len(scenarios) * len(batches), unit="point") as bar:
     for name, path in models.items():
@@ -104,12 +138,8 @@ def serve(
       figures: dict[str, dict[str, Figures]] = {}
       for scenario in scenarios:
         for batch in batches:
-          dataset = folder / f"{scenario.input_tokens}_{scenario.output_tokens}_{batch}.jsonl"
-          write_dataset(dataset, scenario, requests=batch, vocab_size=architecture.config.vocab_size)
-          command = bench_command(path, dataset, batch=batch, ranks=ranks)
-          ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-          (folder / f"{name}_{dataset.stem}.log").write_text(ended.stdout)
-          figures.setdefault(scenario.name, {})[str(batch)] = parse_report(ended.stdout)
+          log = folder / f"{name}_{scenario.input_tokens}_{scenario.output_tokens}_{batch}.log"
+          figures.setdefault(scenario.name, {})[str(batch)] = bench(path, scenario, batch=batch, ranks=ranks, log=log)
           bar.update()
       result[name] = Served(
         weight_bytes=served.weight_bytes(path),
