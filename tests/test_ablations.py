@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
 from tiny_costs import write_costs
 
 import puzzle_jax
@@ -15,6 +16,9 @@ from experiments import ablation_table, ablations, arms, paired, readme, tiny_pa
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
+
+for flag in flags.FLAGS.get_key_flags_for_module(ablations):  # other commands have flags of the same names
+  delattr(flags.FLAGS, flag.name)
 
 TINY: dict[str, dict[str, Any]] = {
   "space": {"attention": ("none",), "ffn": (0.5, "none"), "ffn_multiple": 8},

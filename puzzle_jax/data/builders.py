@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ class _TextBuilder(tfds.core.ShardBasedBuilder):
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
 
   @abc.abstractmethod
-  def _shards(self) -> Sequence[Callable[[], Iterator[str]]]:
+  def _shards(self) -> Sequence[Callable[[], Iterable[str]]]:
     """What yields the documents of each shard."""
 
   def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
     del dl_manager
 
-    def examples(documents: Callable[[], Iterator[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    def examples(documents: Callable[[], Iterable[str]]) -> Iterator[tuple[int, dict[str, str]]]:
       return ((i, {"text": text}) for i, text in enumerate(documents()))
 
     return {_SPLIT: [functools.partial(examples, documents) for documents in self._shards()]}
@@ -50,7 +50,7 @@ class _TextBuilder(tfds.core.ShardBasedBuilder):
 class StandardLibraryText(_TextBuilder):
   """The embedded text (`puzzle_jax.data.stdlib`)."""
 
-  def _shards(self) -> Sequence[Callable[[], Iterator[str]]]:
+  def _shards(self) -> Sequence[Callable[[], Iterable[str]]]:
     return [stdlib.documents]
 
 
@@ -61,7 +61,7 @@ class TextFiles(_TextBuilder):
     self._paths, self._text_field = paths, text_field
     super().__init__(data_dir=data_dir)
 
-  def _shards(self) -> Sequence[Callable[[], Iterator[str]]]:
+  def _shards(self) -> Sequence[Callable[[], Iterable[str]]]:
     shards: list[list[Path]] = []
     room = 0
     for path in self._paths:

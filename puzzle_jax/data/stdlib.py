@@ -7,6 +7,7 @@ The text is the same for the same Python version.
 """
 
 import ast
+import functools
 import pydoc_data.topics
 import re
 import sysconfig
@@ -25,17 +26,17 @@ _CODE = re.compile(r"^(>>>|\.\.\. |\$ |#!|\||\+-)|::=|\t|\S {3,}\S")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*[A-Za-z]")
 
 
-def documents() -> Iterator[str]:
-  """Yields the documents, longest topics first.
+@functools.cache
+def documents() -> tuple[str, ...]:
+  """The documents, longest topics first; read once a process, which takes seconds.
 
   Raises:
     PuzzleError: this Python comes without its sources.
   """
   seen: set[str] = set()
   topics = pydoc_data.topics.topics
-  for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-    if text := _clean(topics[name], seen):
-      yield text
+  longest_first = sorted(topics, key=lambda name: (-len(topics[name]), name))
+  found = [text for name in longest_first if (text := _clean(topics[name], seen))]
   root = Path(sysconfig.get_path("stdlib"))
   paths = [p for p in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
   if not paths:
@@ -43,7 +44,8 @@ def documents() -> Iterator[str]:
   for path in paths:
     parts = [text for name, doc in _docstrings(path) if (text := _clean(doc, seen, title=name))]
     if parts:
-      yield "\n\n".join(parts)
+      found.append("\n\n".join(parts))
+  return tuple(found)
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
