@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +28,8 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-def together(
-  count: int, command: list[str], *, kill_last_at: Path | None = None
-) -> list[subprocess.CompletedProcess[str]]:
-  """Ends of a command that is started in so many processes; of a single one, without the flags.
-
-  Args:
-    count: of the processes.
-    command: of each.
-    kill_last_at: a file; when it appears, the last process is killed.
-  """
+def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess[str]]:
+  """Ends of a command that is started in so many processes; of a single one, without the flags."""
   address, processes = f"--coordinator=127.0.0.1:{free_port()}", []
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
   for i in range(count):
@@ -54,13 +44,8 @@ def together(
         text=True,
       )
     )
-  ends, deadline = [], time.monotonic() + 300
+  ends = []
   try:
-    while kill_last_at is not None and not kill_last_at.exists():
-      assert time.monotonic() < deadline
-      time.sleep(0.02)
-    if kill_last_at is not None:
-      processes[-1].kill()
     for process in processes:
       out, err = process.communicate(timeout=300)
       err = "".join(line for line in err.splitlines(keepends=True) if "[Gloo]" not in line)
@@ -162,21 +147,6 @@ def test_the_evaluation_is_that_of_one_process(folder, alone):
   for quality in ("before_gkd", "after_gkd"):
     assert found[1][quality] == pytest.approx(found[0][quality], rel=1e-5, abs=1e-7)
   assert found[1]["samples"] == found[0]["samples"]
-
-
-def test_when_one_process_is_killed_the_other_ends_and_nothing_is_lost(folder, alone):
-  workdir, names = Workdir(shutil.copytree(alone.root, folder / "killed")), ("library", "scores")
-  shutil.rmtree(workdir.root / "library")
-  first = workdir.root / "library" / "layer_00.safetensors"
-  survivor, victim = together(2, command(folder, "killed", 2, names, axis="data"), kill_last_at=first)
-  assert victim.returncode == -signal.SIGKILL
-  assert survivor.returncode not in (0, -signal.SIGKILL)
-  assert not workdir.stage("library").done
-  kept = first.stat().st_mtime_ns
-  run(folder, "killed", 2, names, axis="data")
-  assert first.stat().st_mtime_ns == kept
-  found, expected = (Library(w.stage("library")).losses(3) for w in (workdir, alone))
-  assert found == {name: pytest.approx(losses, rel=1e-5, abs=1e-7) for name, losses in expected.items()}
 
 
 def test_one_process_writes_what_is_single(ended):
