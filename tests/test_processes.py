@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_costs import write_costs
+from xla_flags import QUICK
 
 from experiments import tiny_parent
 from puzzle_jax import distributed
@@ -31,7 +32,7 @@ def free_port() -> int:
 def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess[str]]:
   """Ends of a command that is started in so many processes; of a single one, without the flags."""
   address, processes = f"--coordinator=127.0.0.1:{free_port()}", []
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  env = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
   for i in range(count):
     flags = [address, f"--processes={count}", f"--process={i}", "--heartbeat_s=20"] if count > 1 else []
     processes.append(
