@@ -2,8 +2,8 @@
 
     python -m experiments.plan --config=configs/llama31_70b_h100.py --devices=64
 
-By that plan the library takes 51 hours on 64 H100s; global distillation does not fit 80 GB at sequences of 8,192 tokens
-yet: of each layer it keeps what parent and child put out. Never run at this size.
+By that plan the library takes 51 hours on 64 H100s and global distillation, which fills them (64 GiB each at sequences
+of 8,192 tokens), three weeks. Never run at this size.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
     python -m experiments.plan --config=configs/llama33_70b_h100.py --devices=64
 
-The parent's attention or none, times FFN widths (paper section 7). By that plan the library takes 36 hours on 64 H100s;
-what does not fit yet is the same as for Llama-3.1-70B. Never run at this size.
+The parent's attention or none, times FFN widths (paper section 7). By that plan the library takes 36 hours on 64 H100s,
+global distillation as long as Llama-3.1-70B's. Never run at this size.
 """
 
 import ml_collections

@@ -105,7 +105,7 @@ def study(children: Children, limits: Limits, *, draws: int, fastest: float) -> 
     "best_of_10": [{"kl": m.score, "stderr": m.stderr, "sum": m.solution.score} for m in best],
   }
   own = [
-    children.scorer.score(layer, *block, jnp.asarray(x))["kl"]
+    next(children.scorer.score(layer, [block], jnp.asarray(x)))["kl"]
     for layer, (block, x) in enumerate(
       zip(children.scorer.parent, children.scorer.inputs(children.scorer.parent), strict=False)
     )

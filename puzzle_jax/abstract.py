@@ -1,7 +1,8 @@
 """What the largest steps take on a device, by compiling them on shapes alone: no weights, and no such device.
 
 The compiler is that of the host's CPU, or a TPU's where the package libtpu is installed (extra `tpu`), which needs no
-TPU for it. Neither has the flash attention that a GPU's step has: attention keeps its scores (`kept_scores`).
+TPU for it. Neither has the flash attention that a GPU's step has: attention keeps its scores (`kept_scores`); and a
+CPU's compiler keeps a copy in fp32 of what is stored in bf16.
 """
 
 import contextlib

@@ -43,8 +43,8 @@ class BLDConfig:
     least_squares: replace each variant's last matrix by the closed-form fit before training.
     fit_tokens: at most so many tokens of the first window for the fit.
     loss: one of `LOSSES`.
-    attention_target: what an attention variant is held against: the parent's "block", through its frozen FFN, or the
-      parent's "attention" alone, which needs no FFN and half of the FLOPs (docs/block_library.md).
+    attention_target: what an attention variant is held against: the parent's "attention", or as in the paper its
+      "block", through its frozen FFN: for twice the FLOPs hardly better children (docs/block_library.md).
     steps: optimiser steps a layer, over all windows; 0 keeps the first weights.
     batch_rows: rows of the stored activations in one step.
     learning_rate: peak of warm-up and cosine.
@@ -66,7 +66,7 @@ class BLDConfig:
   least_squares: bool = True
   fit_tokens: int = 1_048_576
   loss: str = "delta"
-  attention_target: str = "block"
+  attention_target: str = "attention"
   steps: int = 100
   batch_rows: int = 4
   learning_rate: float = 1e-4

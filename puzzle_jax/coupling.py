@@ -84,12 +84,14 @@ def score(run: Run, store: StageStore, library: Library, jobs: list[tuple[Job, .
       if some and file not in store:
         inputs = {kind: jnp.asarray(activations.read(run.store("activations"), kind, layer)) for kind in scorers}
         variants, found = jax.device_put(library.load_layer(layer)), dict[str, dict[str, float]]()
-        for job in some:
-          if job.name in library.usable(layer):
-            weights = scoring.block_weights(space, job.block, params["layers"][layer], variants, job=job)
-            found[job.name] = {}
-            for kind, x in inputs.items():
-              found[job.name] |= scorers[kind].score(layer, job.block, weights, x)
+        usable = [job for job in some if job.name in library.usable(layer)]
+        blocks = [
+          (job.block, scoring.block_weights(space, job.block, params["layers"][layer], variants, job=job))
+          for job in usable
+        ]
+        for kind, x in inputs.items():
+          for job, scores in zip(usable, scorers[kind].score(layer, blocks, x), strict=True):
+            found.setdefault(job.name, {}).update(scores)
         store.put_json(file, {"blocks": {k: v for k, v in found.items() if np.isfinite(list(v.values())).all()}})
       bar.update(len(some))
 

@@ -129,7 +129,8 @@ class Forecast:
       )
 
   def _memory(self) -> Iterator[str]:
-    yield "memory of a device, by arithmetic and as compiled on shapes alone (there attention keeps its scores):"
+    yield "memory of a device, by arithmetic and as compiled on shapes alone (there attention keeps its scores,"
+    yield "and for a CPU what is stored in bf16 has a copy in fp32):"
     for s in self.stages:
       if s.name not in COMPILED:
         continue

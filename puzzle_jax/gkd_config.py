@@ -36,7 +36,8 @@ class GKDConfig:
     start: "child", or "random" weights in its architecture, to see what the block library is worth.
     attention: "exact" keeps the documents of a row apart, "fast" does not, as flash attention needs it; in both models.
     parent: "sharded" over the mesh as the child is, or "whole" on every device: faster where it fits.
-    remat: recompute the inside of each block in the backward pass: less memory for a third more work.
+    remat: recompute the whole inside of each block in the backward pass, not only what is cheap: less memory for a
+      third more work.
     seed: of the order of rows.
   """
 

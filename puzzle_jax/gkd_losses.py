@@ -30,19 +30,30 @@ Batch = data.PackedText | Answered
 
 
 def forward(
-  architecture: Architecture, params: Any, batch: data.PackedText, config: GKDConfig, mesh: Mesh | None
+  architecture: Architecture,
+  params: Any,
+  batch: data.PackedText,
+  config: GKDConfig,
+  mesh: Mesh | None,
+  teacher_LBTD: jax.Array | None = None,
 ) -> decoder.Output:
-  """Of either model, as `config` says."""
-  exact = config.attention == "exact"
+  """Of either model, as `config` says; `layers_L` are the teacher's, or if given the child's distances to them."""
+  exact, dtype = config.attention == "exact", jnp.dtype(config.dtype)
+
+  def of_layer(x_BTD: jax.Array, teacher_BTD: jax.Array | None) -> jax.Array:
+    return x_BTD.astype(dtype) if teacher_BTD is None else _distance(x_BTD, teacher_BTD, batch.segment_ids > 0)
+
   return decoder.apply(
     architecture,
     params,
     batch.tokens,
     positions_BT=batch.positions if exact else None,
     segments_BT=batch.segment_ids if exact else None,
-    dtype=jnp.dtype(config.dtype),
-    remat=config.remat,  # the quickstart peaks at 6.2 GiB with it, at 8.4 without
+    dtype=dtype,
+    remat=jax.checkpoint_policies.nothing_saveable if config.remat else decoder.products,
     rows=mesh_lib.rows_on(mesh, batch.num_rows),
+    of_layer=of_layer,
+    beside_L=teacher_LBTD,
   )
 
 
@@ -67,7 +78,6 @@ def losses(
     (NaN without the parent's); `loss`, their weighted sum.
   """
   text = batch.text if isinstance(batch, Answered) else batch
-  out = forward(*child, text, config, mesh)
   mask_T = data.target_mask(text.segment_ids).reshape(-1)
   count = jnp.maximum(jnp.sum(mask_T), 1)
   targets_T = jnp.roll(text.tokens, -1, axis=1).reshape(-1)
@@ -82,11 +92,11 @@ def losses(
 
   if isinstance(batch, Answered):
     reference: Any = jax.tree.map(lambda x: x.reshape(len(targets_T), -1), batch.answers)
-    distance = jnp.asarray(jnp.nan)
+    out, distance = forward(*child, text, config, mesh), jnp.asarray(jnp.nan)
   else:
     teacher = jax.lax.stop_gradient(forward(*parent, text, config, mesh))
-    reference = hidden_and_head(teacher, jax.lax.stop_gradient(parent[1]))
-    distance = _distance(out.layers_LBTD, teacher.layers_LBTD, text.segment_ids > 0)
+    out = forward(*child, text, config, mesh, teacher.layers_L)
+    reference, distance = hidden_and_head(teacher, jax.lax.stop_gradient(parent[1])), jnp.sum(out.layers_L)
   shards = 1 if mesh is None else mesh_lib.row_shards(mesh, text.num_rows)
   mean_T = mask_T / count
   loss, kl_T, nll_T = divergence.weighted_kl_and_nll(
@@ -102,9 +112,9 @@ def losses(
   return parts | {"loss": config.cosine_weight * distance + loss if config.cosine_weight else loss}
 
 
-def _distance(a_LBTD: jax.Array, b_LBTD: jax.Array, real_BT: Any) -> jax.Array:
-  """1 - cosine, summed over layers, mean over tokens."""
-  a, b = a_LBTD.astype(jnp.float32), b_LBTD.astype(jnp.float32)
+def _distance(a_BTD: jax.Array, b_BTD: jax.Array, real_BT: Any) -> jax.Array:
+  """1 - cosine, mean over tokens."""
+  a, b = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
   norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-  cosine_LBT = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
-  return jnp.sum((1 - cosine_LBT) * real_BT[None]) / jnp.maximum(jnp.sum(real_BT), 1)
+  cosine_BT = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
+  return jnp.sum((1 - cosine_BT) * real_BT) / jnp.maximum(jnp.sum(real_BT), 1)

@@ -163,8 +163,12 @@ def gkd_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) -> floa
   # Parent and child, each in two forms; gradients, AdamW's two, the update.
   states = (8 + bool(gkd.ema) + bool(gkd.eval_steps)) * params / (mesh.data * mesh.model)
   stream = rows * seq_len * parent.config.hidden_size * _FP32
-  inside = batch_bytes(parent.blocks[0], parent, rows, seq_len, attention=gkd.attention) / mesh.model
-  return states + stream * 4 * parent.num_layers + inside * (1 if gkd.remat else parent.num_layers)
+  block = parent.blocks[0]
+  inside = batch_bytes(block, parent, rows, seq_len, attention=gkd.attention) / mesh.model
+  products = batch_bytes(block, parent, rows, seq_len, attention="fast") / mesh.model * _WIDTHS[gkd.dtype] / _FP32
+  kept = 0 if gkd.remat else parent.num_layers * products
+  outputs = stream * (1 + _WIDTHS[gkd.dtype] / _FP32) * parent.num_layers  # of child and parent
+  return states + outputs + inside + kept
 
 
 def _texts(config: RunConfig) -> int:

@@ -74,7 +74,8 @@ class Children:
 
       @functools.cache
       def score(block: str, layer: int = layer, x: jax.Array = x) -> float:
-        return self.scorer.score(layer, *self.block(layer, block), x, model=child)[metric]
+        (found,) = self.scorer.score(layer, [self.block(layer, block)], x, model=child)
+        return found[metric]
 
       with_attention = [score(f"{v.attention}/{own.ffn.name}") for v in variants]
       with_ffn = [score(f"{own.attention.name}/{v.ffn}") for v in variants]

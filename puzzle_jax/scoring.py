@@ -16,7 +16,7 @@ former contains the latter, so that a composed run also says how well the sums r
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ class Scorer:
         reference = divergence.reference(decoder.head_weights(self._head), hidden.reshape(-1, hidden.shape[-1]))
         targets = self._put(np.roll(packed.tokens[rows], -1, axis=1)).reshape(-1)
         self._batches.append(_Batch(rows, context, reference, targets))
-    self._parent_nll_RT = self._measured(last_RTD, [])["lm_loss"]
+    self._parent_nll_RT = self._finished(self._started(last_RTD, []))["lm_loss"]
 
   def _spread(self, rows: int, axes: Sequence[str]) -> P:
     """Over some axes' devices, if rows can be."""
@@ -183,8 +183,8 @@ class Scorer:
     with ThreadPoolExecutor() as pool:
       list(pool.map(run, programs.values()))
 
-  def _measured(self, x_RTD: Any, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
-    """By metric, [R, T], behind a chain of blocks."""
+  def _started(self, x_RTD: Any, blocks: Sequence[Block]) -> list[dict[str, jax.Array]]:
+    """By batch and metric, [B, T], behind a chain of blocks; not waited for."""
     found = []
     with jax.default_matmul_precision(self._precision):
       for batch in self._batches:
@@ -192,6 +192,10 @@ class Scorer:
         for block in blocks:
           x = self._through(block, x, batch.context)
         found.append(_measure(self._config, self._head, self._put(x), batch.reference, batch.targets_T))
+    return found
+
+  def _finished(self, found: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """By metric, [R, T], on the host."""
     fetched = mesh_lib.fetch(found)
     return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
 
@@ -209,28 +213,34 @@ class Scorer:
     return result
 
   def score(
-    self, layer: int, spec: BlockSpec, weights: Any, x_RTD: Any, *, model: Sequence[Block] | None = None
-  ) -> dict[str, float]:
-    """The scores of one block in the parent, or in another model.
+    self, layer: int, blocks: Iterable[Block], x_RTD: Any, *, model: Sequence[Block] | None = None
+  ) -> Iterator[dict[str, float]]:
+    """The scores of one block after the other in the parent, or in another model.
+
+    While the host reads those of one, the device works on the next.
 
     Args:
-      layer: where it stands.
-      spec: the block.
-      weights: its weights by slot.
+      layer: where they stand.
+      blocks: each with its weights by slot.
       x_RTD: the input of the layer on all rows; on the device already if it serves several scores.
       model: whose other blocks are kept; the parent when None.
 
-    Returns:
+    Yields:
       Each metric and its standard error, `<metric>_stderr`.
     """
     suffix = (self.parent if model is None else model)[layer + 1 :]
-    if self._mesh.size > 1:
-      weights = mesh_lib.shard_weights(self._mesh, weights)
-    return self._scores(self._measured(x_RTD, [(spec, weights), *suffix]))
+    started = None
+    for spec, weights in blocks:
+      own = mesh_lib.shard_weights(self._mesh, weights) if self._mesh.size > 1 else weights
+      before, started = started, self._started(x_RTD, [(spec, own), *suffix])
+      if before is not None:
+        yield self._scores(self._finished(before))
+    if started is not None:
+      yield self._scores(self._finished(started))
 
   def whole(self, blocks: Sequence[Block]) -> dict[str, float]:
     """The same of a whole child; nothing is compiled for it but subblocks not seen before."""
-    return self._scores(self._measured(self._embedded(), blocks))
+    return self._scores(self._finished(self._started(self._embedded(), blocks)))
 
   def inputs(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
     """What each layer of a child reads on all rows, [R, T, D], one after the other; last what the final norm reads."""

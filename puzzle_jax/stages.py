@@ -192,12 +192,13 @@ def make_scores(run: Run, store: StageStore) -> None:
       if layer == todo[0][0]:
         for kind, x in inputs.items():
           scorers[kind].compile(list(weights.items()), x)
+      found_of = [scorers[kind].score(layer, weights.items(), x) for kind, x in inputs.items()]
       with preemption.deferred() as preempted:
         for block in missing:
           score: dict[str, float] = {}
           if block in weights:
-            for kind, x in inputs.items():
-              score |= scorers[kind].score(layer, block, weights[block], x)
+            for of_block in found_of:
+              score |= next(of_block)
           if score and np.isfinite(list(score.values())).all():
             found["blocks"][block.name] = score
           else:

@@ -27,7 +27,7 @@ SPACE = LayerSpace(
 )
 ONE_DEVICE = mesh.build(MeshConfig())
 QUICK = BLDConfig(least_squares=False, steps=0)
-TRAINING = BLDConfig(steps=40, learning_rate=3e-3, warmup_steps=4)
+TRAINING = BLDConfig(attention_target="block", steps=40, learning_rate=3e-3, warmup_steps=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def test_activations_are_what_the_parent_computes(model, packed, quiet, tmp_path
   activations.write(store, parent, {"heldout": packed}, ONE_DEVICE, batch_rows=4, progress=quiet)
   out = jax.jit(decoder.apply, static_argnums=0)(
     architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids
-  ).layers_LBTD
+  ).layers_L
   for i, expected in enumerate([params["embed"][packed.tokens], *out]):
     np.testing.assert_allclose(activations.read(store, "heldout", i), expected, rtol=1e-5, atol=1e-5)
 

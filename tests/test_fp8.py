@@ -35,7 +35,7 @@ def workdir(tmp_path_factory):
   positions = np.repeat([[*range(cut), *range(20 - cut)]], 6, axis=0).astype(np.int32)
   run = jax.jit(functools.partial(decoder.apply, model.architecture))
   out = run(model.params, tokens, positions_BT=positions, segments_BT=segments)
-  inputs = [np.asarray(model.params["embed"])[tokens], *np.asarray(out.layers_LBTD)]
+  inputs = [np.asarray(model.params["embed"])[tokens], *np.asarray(out.layers_L)]
   data, activations = (store.StageStore(root / name) for name in ("data", "activations"))
   data.put_arrays("heldout.safetensors", {"tokens": tokens, "segment_ids": segments, "positions": positions})
   for i, x in enumerate(inputs):

@@ -50,7 +50,7 @@ def run(model: Model, packed: data.PackedText) -> tuple[np.ndarray, np.ndarray]:
   apply = jax.jit(decoder.apply, static_argnums=0)
   out = apply(architecture, params, packed.tokens, positions_BT=packed.positions, segments_BT=packed.segment_ids)
   logits = np.asarray(decoder.logits(params, out.hidden_BTD), np.float64)
-  return scipy.special.log_softmax(logits, axis=-1), np.asarray(out.layers_LBTD, np.float64)
+  return scipy.special.log_softmax(logits, axis=-1), np.asarray(out.layers_L, np.float64)
 
 
 def test_losses_are_the_definitions(child, parent, packed):

@@ -40,7 +40,7 @@ CHIP = Chip(
 CONFIG = RunConfig(
   data=DataConfig(seq_len=16, train_tokens=1024, gkd_tokens=1024, heldout_tokens=64, eval_tokens=64),
   activations=ActivationsConfig(attention="fast", tier="disk"),
-  bld=BLDConfig(steps=16, batch_rows=4, least_squares=False, dtype="bfloat16"),
+  bld=BLDConfig(attention_target="block", steps=16, batch_rows=4, least_squares=False, dtype="bfloat16"),
   gkd=GKDConfig(steps=8, batch_rows=4),
 )
 
@@ -145,10 +145,10 @@ def test_global_distillation(job: Job) -> None:
   flash = dataclasses.replace(CONFIG, gkd=dataclasses.replace(CONFIG.gkd, attention="fast", remat=False))
   row = 16 * 32 * 4  # of the residual stream
   inside = 16 * 4 * (2 * 32 + 2 * 16 + 2 * 64 + 32 + 4 * 16)  # what the matrices put out, and the scores of four heads
-  assert one.memory_bytes == 8 * params + 4 * (row * 4 * 4 + inside)
-  assert schedule.gkd(job, MeshConfig(data=4, model=2)).memory_bytes == params + row * 4 * 4 + inside / 2
-  stored = 4 * (row * 4 * 4 + 4 * 16 * 4 * (2 * 32 + 2 * 16 + 2 * 64 + 32))  # no scores, the inside of every block
-  assert gkd_bytes(flash, job.parent, MeshConfig()) == 8 * params + stored
+  assert one.memory_bytes == 8 * params + 4 * (row * 2 * 4 + inside)
+  assert schedule.gkd(job, MeshConfig(data=4, model=2)).memory_bytes == params + row * 2 * 4 + inside / 2
+  products = 4 * 16 * 4 * (2 * 32 + 2 * 16 + 2 * 64 + 32)  # no scores; of every block, and where one is computed again
+  assert gkd_bytes(flash, job.parent, MeshConfig()) == 8 * params + 4 * (row * 2 * 4 + products) + products
   # On other hosts weights come too slowly: parent, child twice, and gradients, of which three quarters are elsewhere.
   far = dataclasses.replace(job, chip=dataclasses.replace(CHIP, per_host=2, network_bytes_per_s=1e3))
   assert schedule.gkd(far, MeshConfig(data=4)).seconds == pytest.approx(8 * 4 * params * 3 / 4 / 1e3)

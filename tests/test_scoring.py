@@ -73,7 +73,7 @@ def test_a_score_is_that_of_the_whole_child(model, parent, scorer, stored, packe
   weights = other["layers"][layer]
   layers = [*params["layers"][:layer], weights, *params["layers"][layer + 1 :]]
   expected = naive(parent, (child, params | {"layers": layers}), packed)
-  found = scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
+  (found,) = scorer.score(layer, [(BlockSpec.parse(block), weights)], stored[layer])
   assert expected["kl"] > 0.05
   assert found.keys() == {name + end for name in expected for end in ("", "_stderr")}
   for metric, value in expected.items():
@@ -90,7 +90,7 @@ def test_a_whole_child_and_a_block_in_it(model, parent, scorer, packed):
   expected = naive(parent, (child, params | {"layers": [weights for _, weights in blocks]}), packed)
   inputs = list(scorer.inputs(blocks))
   assert len(inputs) == 5
-  for found in (scorer.whole(blocks), scorer.score(1, *blocks[1], inputs[1], model=blocks)):
+  for found in (scorer.whole(blocks), *scorer.score(1, [blocks[1]], inputs[1], model=blocks)):
     for metric, value in expected.items():
       assert found[metric] == pytest.approx(value, abs=1e-5)
 
@@ -99,7 +99,7 @@ def test_a_whole_child_and_a_block_in_it(model, parent, scorer, packed):
 def test_the_parent_s_own_block_scores_0(parent, scorer, stored, layer):
   """To the rounding of one program against another: an ulp of the log normaliser, some 5 nats, is 5e-7."""
   architecture, params = parent
-  found = scorer.score(layer, architecture.blocks[layer], params["layers"][layer], stored[layer])
+  (found,) = scorer.score(layer, [(architecture.blocks[layer], params["layers"][layer])], stored[layer])
   assert max(abs(value) for value in found.values()) < 5e-7
 
 
@@ -138,10 +138,9 @@ def test_one_program_a_subblock_a_parent_s_block_and_the_metrics(model, parent, 
   scoring._residual.clear_cache()
   scoring._block.clear_cache()
   scoring._measure.clear_cache()
-  for block in ("gqa2/w8", "none/w48"):
-    for layer in range(4):
-      weights = model(block)[1]["layers"][0]
-      scorer.score(layer, BlockSpec.parse(block), weights, stored[layer])
+  blocks = [(BlockSpec.parse(block), model(block)[1]["layers"][0]) for block in ("gqa2/w8", "none/w48")]
+  for layer in range(4):
+    assert len(list(scorer.score(layer, blocks, stored[layer]))) == 2
   specs = {s for block in ("gqa2/w8", "none/w48") for s in BlockSpec.parse(block).subblocks}
   sizes = [f._cache_size() for f in (scoring._residual, scoring._block, scoring._measure)]
   assert sizes == [len(specs), len(set(PARENT)), 1]

@@ -42,7 +42,7 @@ class Parent:
 
   def layer_inputs(self, **context: np.ndarray) -> np.ndarray:
     apply = jax.jit(decoder.apply, static_argnums=0)
-    out = apply(self.architecture, self.params, self.packed.tokens, **context).layers_LBTD
+    out = apply(self.architecture, self.params, self.packed.tokens, **context).layers_L
     return np.stack([self.params["embed"][self.packed.tokens], *out])
 
 

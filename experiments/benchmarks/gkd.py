@@ -86,7 +86,7 @@ def run_jax() -> sides.Figures:
   config = gkd.GKDConfig(
     steps=1000, learning_rate=_RATE, warmup_steps=0, dtype=_DTYPE.value, attention="fast", remat=_REMAT.value
   )
-  parent, child = (decoder.stacked(model, random_weights(model, seed)) for seed in (0, 1))
+  parent, child = (jax.device_put(decoder.stacked(model, random_weights(model, seed))) for seed in (0, 1))
   positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
   batch = jax.device_put(PackedText(tokens, np.ones_like(tokens), positions))
   state = [gkd.State.first(child, config)]

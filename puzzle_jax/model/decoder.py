@@ -6,6 +6,7 @@ equal specs, which `apply` scans over. Scans compile once a run; a loop over lay
 copies each layer's weights out of the stack (measured: 10 against 23 GB/s).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -28,12 +29,12 @@ class Output:
 
   Attributes:
     hidden_BTD: after the final norm; `logits` makes next-token logits of it.
-    layers_LBTD: the output of each block.
+    layers_L: the output of each block [L, B, T, D], or what `of_layer` makes of it.
     cache: one entry a layer, when a cache was given.
   """
 
   hidden_BTD: jax.Array
-  layers_LBTD: jax.Array
+  layers_L: Any
   cache: list[Cache] | None = None
 
 
@@ -53,6 +54,14 @@ def block_apply(
   x_BTD = x_BTD + delta
   delta, _ = subblocks.apply(spec.ffn, config, params["ffn"], x_BTD, context=context)
   return x_BTD + delta, cache
+
+
+def products(primitive: Any, *args: Any, **params: Any) -> bool:
+  """For `remat`: keeps what matrix products and flash attention give; the rest costs less to compute than to read."""
+  del args
+  if primitive.name == "dot_general":
+    return not any(params["dimension_numbers"][1])  # attention's scores have batch dimensions
+  return primitive.name == "dot_product_attention_fwd_wrapper"  # of cuDNN, in jax.nn
 
 
 def embed(params: Tree, tokens_BT: Array) -> jax.Array:
@@ -83,8 +92,10 @@ def apply(
   segments_BT: Array | None = None,
   cache: list[Cache] | None = None,
   dtype: Any = jnp.float32,
-  remat: bool = False,
+  remat: Callable[..., bool] | None = None,
   rows: NamedSharding | None = None,
+  of_layer: Callable[[jax.Array, Any], Any] = lambda x_BTD, beside: x_BTD,
+  beside_L: Any = None,
 ) -> Output:
   """Runs the model.
 
@@ -96,8 +107,12 @@ def apply(
     segments_BT: document ids for packed rows; absent: one document a row.
     cache: of `empty_cache`; tokens are written to the slots that `positions_BT` names.
     dtype: of the matrix products; the residual stream, norms, softmax and rotary tables are fp32 throughout.
-    remat: recompute each block's inside in the backward pass.
+    remat: what the backward pass finds kept of each block's inside, the rest being computed again: a policy of
+      `jax.checkpoint`, such as `products` or `jax.checkpoint_policies.nothing_saveable`; None: all that it reads.
     rows: how the rows of the residual stream lie on devices, there to be kept through all blocks; None: anyhow.
+    of_layer: makes of a block's output, and of what lies beside it, what there is to give back: what is made on the
+      spot need not be kept.
+    beside_L: arrays with an entry a layer.
   """
   config = architecture.config
   if positions_BT is None:
@@ -107,30 +122,38 @@ def apply(
   def kept(x: jax.Array) -> jax.Array:
     return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
-  def block(spec: BlockSpec, layer: Tree, x: jax.Array, layer_cache: Cache | None) -> tuple[jax.Array, Cache]:
+  def block(
+    spec: BlockSpec, layer: Tree, x: jax.Array, layer_cache: Cache | None, beside: Any
+  ) -> tuple[jax.Array, Cache, Any]:
     x, layer_cache = block_apply(spec, config, layer, x, context=context, cache=layer_cache)
-    return kept(x), layer_cache
+    x = kept(x)
+    return x, layer_cache, of_layer(x, beside)
 
   x = kept(embed(params, tokens_BT))
 
-  run_block = jax.checkpoint(block, static_argnums=0) if remat else block
+  run_block = jax.checkpoint(block, policy=remat, static_argnums=0) if remat else block
   outputs, new_cache = [], []
   if "runs" in params:
+    start = 0
     for (spec, length), run in zip(architecture.runs(), params["runs"], strict=True):
 
-      def step(x: jax.Array, layer: Tree, spec: BlockSpec = spec) -> tuple[jax.Array, jax.Array]:
-        x, _ = run_block(spec, layer, x, None)
-        return x, x
+      def step(x: jax.Array, inputs: tuple[Tree, Any], spec: BlockSpec = spec) -> tuple[jax.Array, Any]:
+        layer, beside = inputs
+        x, _, output = run_block(spec, layer, x, None, beside)
+        return x, output
 
-      x, xs = jax.lax.scan(step, x, run, length=length)
-      outputs.append(xs)
-    layers = jnp.concatenate(outputs)
+      beside = jax.tree.map(lambda b, start=start, length=length: b[start : start + length], beside_L)
+      x, of_run = jax.lax.scan(step, x, (run, beside), length=length)
+      outputs.append(of_run)
+      start += length
+    layers = jax.tree.map(lambda *runs: jnp.concatenate(runs), *outputs)
   else:
     for i, (spec, layer) in enumerate(zip(architecture.blocks, params["layers"], strict=True)):
-      x, layer_cache = run_block(spec, layer, x, cache[i] if cache is not None else None)
-      outputs.append(x)
+      beside = jax.tree.map(lambda b, i=i: b[i], beside_L)
+      x, layer_cache, output = run_block(spec, layer, x, cache[i] if cache is not None else None, beside)
+      outputs.append(output)
       new_cache.append(layer_cache)
-    layers = jnp.stack(outputs)
+    layers = jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)
   return Output(final_norm(config, params, x).astype(dtype), layers, new_cache if cache is not None else None)
 
 
