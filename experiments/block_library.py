@@ -1,9 +1,11 @@
 """Runs the arms of configs/block_library.py and compares them: python -m experiments.block_library --workdir=runs/study
 
-Each arm is a run of its own below the work directory; started again, it goes on. The record says, for each arm, kind of
-variant and layer, the held-out loss before and after training and what the variant costs in the parent (KL).
+Each arm is a run of its own below the work directory. The record says, for each arm, kind of variant and layer, the
+held-out loss before and after training and what the variant costs in the parent (KL). Started again, the study goes on
+with the arms that its record lacks.
 """
 
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +17,9 @@ from ml_collections import config_flags
 import puzzle_jax
 from configs import block_library
 from experiments import RESULTS, arms
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import Run
-from puzzle_jax.store import write_json
+from puzzle_jax.store import read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the arms' runs.", required=True)
 _ARMS = flags.DEFINE_list("arms", list(block_library.ARMS), "Which of them, separated by commas.")
@@ -56,28 +59,34 @@ def pairs(run: Run) -> dict[str, dict[str, list[float]]]:
   return result
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  root, base, first, results = Path(_WORKDIR.value), block_library.get_config(), None, {}
+def study() -> None:
+  root, path, base = Path(_WORKDIR.value), RESULTS / f"{_NAME.value}.json", block_library.get_config()
+  header = json.loads(json.dumps(arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value))))
+  record = read_json(path) if path.exists() else header | {"arms": {}}
+  if record["config"] != header["config"]:
+    raise PuzzleError(f"{path} is of another base config; name another record (--name), or delete it")
+  first = None
   for arm in _ARMS.value:
-    folder = root / arm
-    stages = ["data", "costs", "activations", "library", "scores"]
+    if arm in record["arms"] and arm != "base":
+      continue
+    folder, stages = root / arm, ["data", "costs", "activations", "library", "scores"]
     config = arms.with_changes(block_library.get_config(arm), base, _CHANGES.value)
     if config.coupled.wanted:
       stages += ["search", "coupled"]
-    try:
-      run = puzzle_jax.run(config, folder, stages=stages, reuse=first)
-    except puzzle_jax.PuzzleError as e:
-      sys.exit(f"error: {arm}: {e}")
+    run = puzzle_jax.run(config, folder, stages=stages, reuse=first)
     first = first or folder
-    seconds = {name: run.store(name).record["timing"]["seconds"] for name in ("library", "scores")}
     variants = found(run)
-    results[arm] = {"changes": block_library.ARMS[arm], "variants": variants, "pairs": pairs(run), "seconds": seconds}
+    record["arms"][arm] = {"changes": block_library.ARMS[arm], "variants": variants, "pairs": pairs(run)}
     print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in variants.items()}, flush=True)
-    write_json(
-      RESULTS / f"{_NAME.value}.json",
-      arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value)) | {"arms": results},
-    )
+    write_json(path, record)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  try:
+    study()
+  except PuzzleError as e:
+    sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def faults() -> str:
 
 def bld() -> str:
   """One step that distils all variants of a layer, here and in PyTorch."""
-  sides = {"jax": "here", "jax_attention": "here, attention against attention", "torch": "PyTorch peer"}
+  sides = {"jax_attention": "here", "jax": "here, attention against the block", "torch": "PyTorch peer"}
   shapes = {"llama_8b": ("Llama-3.1-8B", 32), "llama_70b": ("Llama-3.1-70B", 80), "smollm2": ("SmolLM2-135M", 30)}
   rows, notes = [], []
   for name, (label, layers) in shapes.items():
@@ -228,21 +228,25 @@ def block_library() -> str:
   """What each choice of the block library's making is worth: the cost in the parent against that of the default."""
   record = _record("block_library")
   base = record["arms"]["base"]["variants"]
-  names = sorted(base, key=lambda name: statistics.mean(base[name]["kl"]))
+  names = sorted(
+    (name for name in base if not name.endswith(".none")), key=lambda name: statistics.mean(base[name]["kl"])
+  )
   rows = []
   for arm, result in record["arms"].items():
+    if result["pairs"]:
+      continue
     cells = []
     for name in names:
       if arm == "base":
         cells.append(f"{1000 * statistics.mean(base[name]['kl']):.1f}")
       else:
         cells.append(_difference(result["variants"][name]["kl"], base[name]["kl"]))
-    rows.append([f"`{arm}`", *cells, f"{result['seconds']['library']:.0f}"])
+    rows.append([f"`{arm}`", *cells])
   layers = len(base[names[0]]["kl"])
   return (
     f"{_run_by(record)} KL to the parent in thousandths of a nat a token, mean over {layers} layers; below the first "
     "line differences to it ± their standard error over layers, in bold beyond twice that.\n\n"
-  ) + _table(["arm", *(f"`{name}`" for name in names), "library, seconds"], rows)
+  ) + _table(["arm", *(f"`{name}`" for name in names)], rows)
 
 
 def _difference(found: list[float], base: list[float]) -> str:
@@ -254,20 +258,19 @@ def _difference(found: list[float], base: list[float]) -> str:
 
 
 def coupled_pairs() -> str:
-  """Pairs of subblocks distilled apart, together from there on, and together from the start."""
+  """Pairs of subblocks distilled apart, and what is won by distilling them together."""
   arms = _record("block_library")["arms"]
-  apart, start = arms["coupled"]["pairs"], arms["coupled_from_the_start"]["pairs"]
+  together = {"then together": "coupled", "together from the start": "coupled_from_the_start"}
+  found = {title: arms[arm]["pairs"] for title, arm in together.items() if arm in arms}
   rows = [
     [
       f"`{block}`",
       f"{1000 * statistics.mean(pair['decoupled']):.1f}",
-      _difference(pair["coupled"], pair["decoupled"]),
-      _difference(start[block]["coupled"], start[block]["decoupled"]),
+      *(_difference(pairs[block]["coupled"], pairs[block]["decoupled"]) for pairs in found.values()),
     ]
-    for block, pair in apart.items()
+    for block, pair in arms["coupled"]["pairs"].items()
   ]
-  header = ["pair", "apart: KL, thousandths of a nat", "then together", "together from the start"]
-  return _table(header, rows)
+  return _table(["pair", "apart: KL, thousandths of a nat", *found], rows)
 
 
 def library_variants() -> str:

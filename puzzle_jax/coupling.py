@@ -8,10 +8,10 @@ they are scored beside them, and the search chooses again.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax import activations, bld, scoring, search
+from puzzle_jax import activations, bld, distributed, scoring, search
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.bld import Job, JobWeights
 from puzzle_jax.build_library import Builder
@@ -74,7 +74,7 @@ def distil(run: Run, store: StageStore, jobs: list[tuple[Job, ...]]) -> Library:
 
 def score(run: Run, store: StageStore, library: Library, jobs: list[tuple[Job, ...]]) -> None:
   """Scores the pairs in the parent, a file a layer."""
-  params = run.parent_model.params
+  params, mesh = run.parent_on(run.mesh).params, run.mesh
   scorers = {"heldout": scoring.scorer_of(run, params)}
   if run.task is not None:
     scorers["task"] = scoring.scorer_of(run, params, task=True)
@@ -82,8 +82,8 @@ def score(run: Run, store: StageStore, library: Library, jobs: list[tuple[Job, .
     for layer, (space, some) in enumerate(zip(run.space.layers, jobs, strict=True)):
       file = f"scores/layer_{layer:02d}.json"
       if some and file not in store:
-        inputs = {kind: jnp.asarray(activations.read(run.store("activations"), kind, layer)) for kind in scorers}
-        variants, found = jax.device_put(library.load_layer(layer)), dict[str, dict[str, float]]()
+        inputs = {kind: jax.device_put(activations.read(run.store("activations"), kind, layer)) for kind in scorers}
+        variants, found = mesh_lib.shard_weights(mesh, library.load_layer(layer)), dict[str, dict[str, float]]()
         usable = [job for job in some if job.name in library.usable(layer)]
         blocks = [
           (job.block, scoring.block_weights(space, job.block, params["layers"][layer], variants, job=job))
@@ -119,11 +119,12 @@ def again(run: Run, store: StageStore, choices: Any) -> search.Solution:
     store: of the stage.
     choices: leaves of a table what may be chosen.
   """
-  jobs = favoured(run, choices(run.table))
+  jobs = distributed.by_first(lambda: favoured(run, choices(run.table)))
   library = distil(run, store, jobs)
   score(run, store, library, jobs)
   table = table_with(run, store, jobs)
   store.put_json("table.json", table)
   config = run.config.search
-  (solution,) = search.solve(choices(Table.from_json(table)), config.searched, scenario=config.scenario or None)
-  return solution
+  tables = choices(Table.from_json(table))
+  found = distributed.by_first(lambda: search.solve(tables, config.searched, scenario=config.scenario or None))
+  return found[0]

@@ -107,6 +107,7 @@ STAGES = (
     ("search", "scores", "space"),
     ("data", "activations", "library", "scores", "costs"),
     memory=("search.refine_rounds",),
+    together=True,
     version=2,
   ),
   Stage(
@@ -115,6 +116,7 @@ STAGES = (
     ("coupled", "search", "scores", "space", "activations"),
     ("data", "activations", "library", "search"),
     memory=("coupled.bld.batch_rows", "coupled.bld.memory_gib"),
+    together=True,
   ),
   Stage("child", stages.make_child, ("space",), ("library", "search", "coupled"), version=2),
   Stage(

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax import scoring, search
+from puzzle_jax import distributed, scoring, search
+from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import BlockSpec
 from puzzle_jax.runs import Run
 from puzzle_jax.scoring import Block, Scorer
@@ -39,11 +40,12 @@ class Children:
 
   @functools.cached_property
   def _parent(self) -> Any:
-    return jax.tree.map(jnp.asarray, self._run.parent_model.params)
+    return self._run.parent_on(self._run.mesh).params
 
   @functools.cached_property
   def _variants(self) -> list[dict[str, Any]]:
-    return [jax.device_put(self._run.library.load_layer(i)) for i in self._run.library.layers]
+    library, mesh = self._run.library, self._run.mesh
+    return [mesh_lib.shard_weights(mesh, library.load_layer(i)) for i in library.layers]
 
   @functools.cached_property
   def scorer(self) -> Scorer:
@@ -139,7 +141,7 @@ def refine(
   """
   table, seen, in_children = children.table, list[tuple[str, ...]](), list[np.ndarray]()
   while True:
-    (solution,) = search.solve(restrict(table), limits, **where)
+    (solution,) = distributed.by_first(functools.partial(search.solve, restrict(table), limits, **where))
     if solution.blocks in seen:
       return
     seen.append(solution.blocks)

@@ -241,12 +241,17 @@ def make_search(run: Run, store: StageStore) -> None:
   tables = _choices(run, run.table)
   with run.progress.bar("search", total=2 + config.refine_rounds if config.refine_rounds else 1, unit="step") as bar:
     where: dict[str, Any] = {"scenario": config.scenario or None}
-    solution = chosen(tables, config.searched, rule=config.rule, seed=config.seed, **where)
-    points = []
-    for point in search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched, **where):
-      if point.solution is not None:
-        figures = {k: v for k, v in point.solution.to_json().items() if k != "timing"}
-        points.append({"min_speedup": point.value} | figures)
+
+    def solve() -> tuple[search_lib.Solution, list[search_lib.FrontierPoint]]:
+      found = search_lib.frontier(tables, "min_speedup", config.frontier, limits=config.searched, **where)
+      return chosen(tables, config.searched, rule=config.rule, seed=config.seed, **where), found
+
+    solution, frontier = distributed.by_first(solve)
+    points = [
+      {"min_speedup": p.value} | {k: v for k, v in p.solution.to_json().items() if k != "timing"}
+      for p in frontier
+      if p.solution is not None
+    ]
     store.put_json("frontier.json", {"points": points})
     bar.update()
     rounds = []

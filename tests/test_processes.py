@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from experiments import tiny_parent
 from puzzle_jax import distributed
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.library import Library
-from puzzle_jax.store import Workdir
+from puzzle_jax.store import StageStore, Workdir
 
 STAGES = ("data", "costs", "activations", "library", "scores", "search", "coupled", "child", "gkd")
 
@@ -66,7 +67,9 @@ def folder(tmp_path_factory):
   return folder
 
 
-def command(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str) -> list[str]:
+def command(
+  folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str, more: Sequence[str]
+) -> list[str]:
   """Of a run in so many processes, whose devices lie along an axis of the mesh."""
   return [
     "-m",
@@ -83,12 +86,15 @@ def command(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axi
     "--config.gkd.steps=3",
     f"--workdir={folder / name}",
     f"--stages={','.join(stages)}",
+    *more,
   ]
 
 
-def run(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str) -> Path:
+def run(
+  folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str = "data", more: Sequence[str] = ()
+) -> Path:
   """The work directory of a run that ends well."""
-  ends = together(count, command(folder, name, count, stages, axis=axis))
+  ends = together(count, command(folder, name, count, stages, axis=axis, more=more))
   for end in ends:
     assert end.returncode == 0, end.stderr[-3000:]
   assert all(end.stderr.strip() == "" for end in ends[1:])  # process 0 alone says how it goes
@@ -98,13 +104,13 @@ def run(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: s
 @pytest.fixture(scope="module")
 def alone(folder):
   """The work directory of a run in one process."""
-  return Workdir(run(folder, "1", 1, STAGES, axis="data"))
+  return Workdir(run(folder, "1", 1, STAGES))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ended(folder, alone, request):
   """The work directories of a run in one process and in several."""
-  return alone, Workdir(run(folder, str(request.param), request.param, STAGES, axis="data"))
+  return alone, Workdir(run(folder, str(request.param), request.param, STAGES))
 
 
 def test_the_library_is_that_of_one_process(ended):
@@ -114,15 +120,34 @@ def test_the_library_is_that_of_one_process(ended):
       assert several.losses(layer)[name] == pytest.approx(losses, rel=1e-5, abs=1e-7), f"{layer} {name}"
 
 
-def test_the_scores_are_those_of_one_process(ended):
-  one, several = (workdir.stage("scores") for workdir in ended)
+def compare_scores(one: StageStore, several: StageStore, folder: str = "") -> None:
   for layer in range(4):
-    expected, found = (store.get_json(f"layer_{layer:02d}.json")["blocks"] for store in (one, several))
+    expected, found = (store.get_json(f"{folder}layer_{layer:02d}.json")["blocks"] for store in (one, several))
     assert found.keys() == expected.keys()
     for block, scores in expected.items():
       for name, value in scores.items():
         whole = 5.0 if name == "lm_loss" else value  # a difference of two losses near 5 nats
         assert abs(found[block][name] - value) <= 1e-5 * abs(whole) + 1e-7, f"{layer} {block} {name}"
+
+
+def test_the_scores_are_those_of_one_process(ended):
+  compare_scores(*(workdir.stage("scores") for workdir in ended))
+
+
+def test_blocks_scored_in_the_child_and_pairs_are_those_of_one_process(folder, alone):
+  more, found = ["--config.search.refine_rounds=1", "--config.coupled.blocks=('linear/w32',)"], []
+  for count in (1, 2):
+    shutil.copytree(alone.root, folder / f"refined_{count}")
+    found.append(Workdir(run(folder, f"refined_{count}", count, ("search", "coupled"), more=more)))
+  one, several = (workdir.stage("search").get_json("solution_0.json")["rounds"] for workdir in found)
+  for expected, other in zip(one, several, strict=True):
+    assert other == {**expected, "kl": pytest.approx(expected["kl"]), "stderr": pytest.approx(expected["stderr"])}
+  stores = [workdir.stage("coupled") for workdir in found]
+  for layer in range(4):
+    expected, other = (Library(store).losses(layer)["linear/w32"] for store in stores)
+    assert other == pytest.approx(expected, rel=1e-5, abs=1e-7)
+  compare_scores(*stores, "scores/")
+  assert len({tuple(store.get_json("solution_0.json")["blocks"]) for store in stores}) == 1
 
 
 def test_the_child_is_that_of_one_process(ended):
