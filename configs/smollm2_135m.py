@@ -67,9 +67,7 @@ def _quickstart() -> RunConfig:
     bld=BLDConfig(steps=8, batch_rows=4, learning_rate=5e-4, warmup_steps=2),
     scores=ScoresConfig(granularity="subblocks"),
     costs=CostsConfig(input_tokens=64, output_tokens=192, timing=TimingConfig(layers=30, rounds=10)),
-    search=SearchConfig(
-      limits=Limits(min_speedup=1.2), margin=0.05, frontier=(1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-    ),
+    search=SearchConfig(limits=Limits(min_speedup=1.2), margin=0.05, frontier=(1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)),
     gkd=GKDConfig(steps=steps, batch_rows=rows, learning_rate=2e-4, warmup_steps=6, checkpoint_steps=32),
     evaluation=EvaluationConfig(prompts=PROMPTS),
   )
