@@ -9,7 +9,6 @@ study goes on with those that it lacks, on a bare machine too: what all arms sha
 the base what it does not change; its own files are deleted once it is in the record.
 """
 
-import json
 import shutil
 import sys
 import time
@@ -33,7 +32,7 @@ from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.runs import Run
 from puzzle_jax.search import Limits
 from puzzle_jax.search import baselines as search_rules
-from puzzle_jax.store import read_json, write_json
+from puzzle_jax.store import write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the arms' runs.", required=True)
 _ARMS = flags.DEFINE_list("arms", list(ablations.ARMS), "Which of them, separated by commas.")
@@ -89,10 +88,7 @@ class Study:
   def __init__(self, root: Path, record: Path, changed: Any):
     self._root, self._path, self._changed = root, record, changed
     base = config_of(ablations.BASE, 0, changed)
-    new = json.loads(json.dumps(arms.header("ablations", root, base) | {"texts": {}, "arms": {}}))
-    self._record = read_json(record) if record.exists() else new
-    if self._record["config"] != new["config"]:
-      raise PuzzleError(f"{record} is of another base config; name another --record, or delete it")
+    self._record = arms.opened(record, arms.header("ablations", root, base) | {"texts": {}, "arms": {}})
     self._base = puzzle_jax.run(base, self._folder(ablations.BASE, 0), stages=SHARED)
     rows_of = dict(suite.texts(self._base))
     self._texts = {name: rows(base.data.seq_len) for name, rows in rows_of.items()}

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import ml_collections
 
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import versions
+from puzzle_jax.store import read_json
 
 
 def with_changes(
@@ -33,6 +36,19 @@ def with_changes(
 
   update(values, base.to_dict(), changed.to_dict())
   return RunConfig.from_dict(values.to_dict())
+
+
+def opened(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+  """The record that a study goes on with: what is there, or as it begins.
+
+  Raises:
+    PuzzleError: it is of another base config.
+  """
+  new = json.loads(json.dumps(header))
+  record = read_json(path) if path.exists() else new
+  if record["config"] != new["config"]:
+    raise PuzzleError(f"{path} is of another base config; name another --record, or delete it")
+  return record
 
 
 def header(study: str, root: Path, base: RunConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ held-out loss before and after training and what the variant costs in the parent
 with the arms that its record lacks.
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,11 +18,13 @@ from configs import block_library
 from experiments import RESULTS, arms
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import Run
-from puzzle_jax.store import read_json, write_json
+from puzzle_jax.store import write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the arms' runs.", required=True)
 _ARMS = flags.DEFINE_list("arms", list(block_library.ARMS), "Which of them, separated by commas.")
-_NAME = flags.DEFINE_string("name", "block_library", "Of the record: experiments/results/NAME.json.")
+_RECORD = flags.DEFINE_string(
+  "record", str(RESULTS / "block_library.json"), "Where to write it; goes on with what it has."
+)
 _CHANGES = config_flags.DEFINE_config_dict(
   "change", block_library.get_config(), "Fields that all arms share, as in --change.data.source=TEXT.jsonl.gz."
 )
@@ -60,15 +61,11 @@ def pairs(run: Run) -> dict[str, dict[str, list[float]]]:
 
 
 def study() -> None:
-  root, path, base = Path(_WORKDIR.value), RESULTS / f"{_NAME.value}.json", block_library.get_config()
-  header = json.loads(json.dumps(arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value))))
-  record = read_json(path) if path.exists() else header | {"arms": {}}
-  if record["config"] != header["config"]:
-    raise PuzzleError(f"{path} is of another base config; name another record (--name), or delete it")
-  first = None
-  for arm in _ARMS.value:
-    if arm in record["arms"] and arm != "base":
-      continue
+  root, path, base = Path(_WORKDIR.value), Path(_RECORD.value), block_library.get_config()
+  header = arms.header("block_library", root, arms.with_changes(base, base, _CHANGES.value))
+  record, first = arms.opened(path, header | {"arms": {}}), None
+  missing = [arm for arm in _ARMS.value if arm not in record["arms"]]
+  for arm in dict.fromkeys(["base", *missing] if missing else []):  # the others take from the base what they share
     folder, stages = root / arm, ["data", "costs", "activations", "library", "scores"]
     config = arms.with_changes(block_library.get_config(arm), base, _CHANGES.value)
     if config.coupled.wanted:

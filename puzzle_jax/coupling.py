@@ -75,24 +75,21 @@ def distil(run: Run, store: StageStore, jobs: list[tuple[Job, ...]]) -> Library:
 def score(run: Run, store: StageStore, library: Library, jobs: list[tuple[Job, ...]]) -> None:
   """Scores the pairs in the parent, a file a layer."""
   params, mesh = run.parent_on(run.mesh).params, run.mesh
-  scorers = {"heldout": scoring.scorer_of(run, params)}
-  if run.task is not None:
-    scorers["task"] = scoring.scorer_of(run, params, task=True)
+  scorers = scoring.scorers_of(run, params)
   with run.progress.bar("coupled", total=sum(map(len, jobs)), unit="block") as bar:
     for layer, (space, some) in enumerate(zip(run.space.layers, jobs, strict=True)):
       file = f"scores/layer_{layer:02d}.json"
       if some and file not in store:
         inputs = {kind: jax.device_put(activations.read(run.store("activations"), kind, layer)) for kind in scorers}
-        variants, found = mesh_lib.shard_weights(mesh, library.load_layer(layer)), dict[str, dict[str, float]]()
+        variants = mesh_lib.shard_weights(mesh, library.load_layer(layer))
         usable = [job for job in some if job.name in library.usable(layer)]
         blocks = [
           (job.block, scoring.block_weights(space, job.block, params["layers"][layer], variants, job=job))
           for job in usable
         ]
-        for kind, x in inputs.items():
-          for job, scores in zip(usable, scorers[kind].score(layer, blocks, x), strict=True):
-            found.setdefault(job.name, {}).update(scores)
-        store.put_json(file, {"blocks": {k: v for k, v in found.items() if np.isfinite(list(v.values())).all()}})
+        scores = zip(usable, scoring.scores_by_all(scorers, layer, blocks, inputs), strict=True)
+        found = {job.name: of_job for job, of_job in scores if np.isfinite(list(of_job.values())).all()}
+        store.put_json(file, {"blocks": found})
       bar.update(len(some))
 
 

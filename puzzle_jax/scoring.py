@@ -16,7 +16,7 @@ former contains the latter, so that a composed run also says how well the sums r
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +270,22 @@ def scorer_of(run: "Run", params: Mapping[str, Any], *, task: bool = False) -> S
     task=run.task if task else None,
     mesh=run.mesh,
   )
+
+
+def scorers_of(run: "Run", params: Mapping[str, Any]) -> dict[str, Scorer]:
+  """By the name of their rows: the held-out text's, and the task's where the run has one."""
+  scorers = {"heldout": scorer_of(run, params)}
+  if run.task is not None:
+    scorers["task"] = scorer_of(run, params, task=True)
+  return scorers
+
+
+def scores_by_all(
+  scorers: Mapping[str, Scorer], layer: int, blocks: Collection[Block], inputs: Mapping[str, Any]
+) -> Iterator[dict[str, float]]:
+  """`Scorer.score` of several scorers, each on its own input, as one."""
+  for found in zip(*(scorers[kind].score(layer, blocks, x) for kind, x in inputs.items()), strict=True):
+    yield {name: value for scores in found for name, value in scores.items()}
 
 
 def mean_and_error(sums_R: np.ndarray, tokens_R: np.ndarray) -> tuple[float, float]:

@@ -163,9 +163,7 @@ def make_library(run: Run, store: StageStore) -> None:
 def make_scores(run: Run, store: StageStore) -> None:
   config, stored, library, mesh = run.config.scores, run.store("activations"), run.library, run.mesh
   params = run.parent_on(mesh).params
-  scorers = {"heldout": scoring.scorer_of(run, params)}
-  if run.task is not None:
-    scorers["task"] = scoring.scorer_of(run, params, task=True)
+  scorers = scoring.scorers_of(run, params)
   todo = []
   for layer, layer_space in enumerate(run.space.layers):
     file = f"layer_{layer:02d}.json"
@@ -192,13 +190,10 @@ def make_scores(run: Run, store: StageStore) -> None:
       if layer == todo[0][0]:
         for kind, x in inputs.items():
           scorers[kind].compile(list(weights.items()), x)
-      found_of = [scorers[kind].score(layer, weights.items(), x) for kind, x in inputs.items()]
+      scores = scoring.scores_by_all(scorers, layer, weights.items(), inputs)
       with preemption.deferred() as preempted:
         for block in missing:
-          score: dict[str, float] = {}
-          if block in weights:
-            for of_block in found_of:
-              score |= next(of_block)
+          score = next(scores) if block in weights else {}
           if score and np.isfinite(list(score.values())).all():
             found["blocks"][block.name] = score
           else:
