@@ -224,6 +224,19 @@ def bld() -> str:
   return "\n".join(notes) + "\n\n" + _table(header, rows)
 
 
+def gkd() -> str:
+  """One step of global distillation, here and in PyTorch."""
+  record = _record("gkd_smollm2")
+  rows = []
+  for side, title in {"jax": "here", "torch": "PyTorch peer"}.items():
+    found, times = record[side], record["times_the_peer"].get(side, 1)
+    share, peak = record["share_of_matmul_rate"][side], found["peak_bytes"] / 2**30
+    rows.append([title, f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", f"{share:.0%}", f"{peak:.1f}"])
+  where = {key: record["jax"][key] for key in ("hardware", "versions")}
+  header = ["", "tokens/s", "peer", "of the matmul rate", "GiB at the peak"]
+  return f"{_run_by(record | where)}\n\n{_table(header, rows)}"
+
+
 def block_library() -> str:
   """What each choice of the block library's making is worth: the cost in the parent against that of the default."""
   record = _record("block_library")
@@ -372,6 +385,7 @@ _WRITERS = (
   export_speed,
   faults,
   bld,
+  gkd,
   block_library,
   coupled_pairs,
   library_variants,

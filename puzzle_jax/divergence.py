@@ -57,8 +57,17 @@ def _chunks(head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
   return padded.reshape(-1, chunk, head_VD.shape[1]), real.reshape(-1, chunk)
 
 
+def _for_logits(hidden_TD: jax.Array) -> jax.Array:
+  """In fp16 where a GPU shall multiply in TF32: as many bits of mantissa at bf16's rate (a pass of 65,536 states over
+  49,152 tokens: 15.7 ms in place of 26.7 on an H100). Its range holds normed hidden states and LM heads."""
+  asked = getattr(jax.config, "jax_default_matmul_precision") == "tensorfloat32"  # noqa: B009 (mypy does not know it)
+  half = asked and jax.default_backend() == "gpu" and hidden_TD.dtype == jnp.float32
+  return hidden_TD.astype(jnp.float16) if half else hidden_TD
+
+
 def log_normaliser(head_VD: jax.Array, hidden_TD: jax.Array) -> jax.Array:
   """log Σ_v exp(h·W_v), [T] in fp32, streamed over the vocabulary."""
+  hidden_TD = _for_logits(hidden_TD)
 
   def step(lse_T: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     weights, real = chunk
@@ -74,10 +83,11 @@ def log_normaliser(head_VD: jax.Array, hidden_TD: jax.Array) -> jax.Array:
 def reference(head_VD: jax.Array, hidden_TD: jax.Array) -> Reference:
   """The parent's distributions at its normed hidden states."""
   lse_T = log_normaliser(head_VD, hidden_TD)
+  operand_TD = _for_logits(hidden_TD)
 
   def step(mean_TD: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     weights, real = chunk
-    logits = dot("td,vd->tv", hidden_TD, weights, out=jnp.float32)
+    logits = dot("td,vd->tv", operand_TD, weights, out=jnp.float32)
     p = jnp.where(real, jnp.exp(logits - lse_T[:, None]), 0.0)
     return mean_TD + dot("tv,vd->td", p, weights), None
 
@@ -136,16 +146,29 @@ def _chunk_kl_and_nll(
   temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
   logits = _logits(*child)
-  log_q = jax.nn.log_softmax(logits)
-  nll_T = -jnp.take_along_axis(log_q, targets_T[:, None], axis=-1)[:, 0]
+  lse_T = jax.nn.logsumexp(logits, axis=-1)
+  # A sum in place of an index: it goes along with the others, and so does its gradient.
+  is_target_TV = jnp.arange(logits.shape[1])[None] == targets_T[:, None]
+  nll_T = lse_T - jnp.sum(jnp.where(is_target_TV, logits, 0), axis=-1)
   if temperature != 1:
-    log_q = jax.nn.log_softmax(logits / temperature)
+    logits = logits / temperature
+    lse_T = jax.nn.logsumexp(logits, axis=-1)
   if isinstance(parent, TopTokens):
     log_p = _with_others(parent.log_p_TK)
-    log_q = _with_others(jnp.take_along_axis(log_q, parent.ids_TK.astype(jnp.int32), axis=-1))
+    of_parents = jnp.take_along_axis(logits, parent.ids_TK.astype(jnp.int32), axis=-1)
+    kl_T = jnp.sum(jnp.exp(log_p) * (log_p - _with_others(of_parents - lse_T[:, None])), axis=-1)
   else:
-    log_p = jax.nn.log_softmax(_logits(*parent) / temperature)
-  return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), nll_T
+    kl_T = _kl(_logits(*parent) / temperature, logits, lse_T)
+  return temperature**2 * kl_T, nll_T
+
+
+def _kl(p_TV: jax.Array, q_TV: jax.Array, q_lse_T: jax.Array) -> jax.Array:
+  """KL(p ‖ q) of two models' logits, exactly 0 if they are equal. Its gradient by q, softmax(q) - p, is had without the
+  Σ p = 1 that automatic differentiation would add up from the logits once more."""
+  fixed_T = jax.lax.stop_gradient(q_lse_T)
+  log_p_TV = p_TV - jax.nn.logsumexp(p_TV, axis=-1, keepdims=True)
+  kl_T = jnp.sum(jnp.exp(log_p_TV) * (log_p_TV - (q_TV - fixed_T[:, None])), axis=-1)
+  return kl_T + (q_lse_T - fixed_T)
 
 
 def _with_others(log_p_TK: jax.Array) -> jax.Array:

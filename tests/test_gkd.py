@@ -94,6 +94,21 @@ def test_fast_attention_is_that_of_rows_of_one_document(child, parent, packed):
   assert losses(child[1], parent[1], packed, child[0], parent[0], fast)["kl"] != pytest.approx(float(found[0]["kl"]))
 
 
+def test_a_gpu_runs_layer_by_layer_to_the_same_losses(child, parent, packed, monkeypatch):
+  of_child, of_parent = (decoder.stacked(architecture, params) for architecture, params in (child, parent))
+
+  def run() -> tuple[dict[str, jax.Array], int]:
+    found = jax.jit(lambda q, p: gkd.losses((child[0], q), (parent[0], p), packed, CONFIG))
+    program = found.lower(of_child, of_parent).as_text()
+    return found(of_child, of_parent), program.count("stablehlo.while")
+
+  on_cpu, loops = run()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  on_gpu, fewer = run()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), on_cpu, on_gpu)
+  assert fewer == loops - 4  # runs of one shape: three of the child's, one of the parent's
+
+
 def test_an_identical_child_has_loss_0(parent, packed):
   """Stacked, so that another program computes it: to fp32's rounding of 1 − cos, three layers of it."""
   found = losses(jax.jit(decoder.stacked, static_argnums=0)(*parent), parent[1], packed, parent[0], parent[0])

@@ -110,6 +110,24 @@ def test_equal_hidden_states_have_kl_0_exactly():
   np.testing.assert_array_equal(kl, np.zeros(9))
 
 
+def test_on_a_gpu_tensorfloat32_logits_are_products_in_fp16(monkeypatch):
+  rng = np.random.default_rng(0)
+  head, p, q = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((300, 64), (9, 64), (9, 64)))
+
+  def kl(q: jax.Array) -> jax.Array:
+    divergence.reference.clear_cache()
+    return divergence.kl_and_nll_to(divergence.reference(head, p), head, q, targets_T=jnp.zeros(9, int))[0]
+
+  exact = kl(q)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  np.testing.assert_array_equal(kl(q), exact)
+  with jax.default_matmul_precision("tensorfloat32"):
+    assert "f16[9,300]" not in (program := str(jax.make_jaxpr(divergence.log_normaliser)(head, q)))
+    assert "f16[9,64]" in program
+    np.testing.assert_allclose(kl(q), exact, rtol=1e-3)
+    np.testing.assert_array_equal(kl(p), np.zeros(9))
+
+
 @pytest.mark.parametrize("vocabulary, chunk, tokens", [(50, 8192, 7), (50, 25, 7), (53, 16, 8)])
 def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
   """One head through `Reference`, by chunks of the vocabulary; two heads by chunks of tokens, or of their parts."""

@@ -20,7 +20,7 @@ from puzzle_jax import flops
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 
 _SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["smollm2", "tiny"], "Of parent and child.")
-_ROWS = flags.DEFINE_integer("rows", 16, "Of a step.")
+_ROWS = flags.DEFINE_integer("rows", 32, "Of a step.")
 _TOKENS = flags.DEFINE_integer("tokens", 2048, "A row.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the matrix products.")
 _REMAT = flags.DEFINE_bool("remat", False, "Compute the inside of each block again in the backward pass, here.")

@@ -57,11 +57,12 @@ def block_apply(
 
 
 def products(primitive: Any, *args: Any, **params: Any) -> bool:
-  """For `remat`: keeps what matrix products and flash attention give; the rest costs less to compute than to read."""
+  """For `remat`: keeps what matrix products, sums and flash attention give; the rest costs less to compute than to
+  read."""
   del args
   if primitive.name == "dot_general":
     return not any(params["dimension_numbers"][1])  # attention's scores have batch dimensions
-  return primitive.name == "dot_product_attention_fwd_wrapper"  # of cuDNN, in jax.nn
+  return primitive.name in ("reduce_sum", "dot_product_attention_fwd_wrapper")  # the latter of cuDNN, in jax.nn
 
 
 def embed(params: Tree, tokens_BT: Array) -> jax.Array:
