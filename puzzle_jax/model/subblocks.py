@@ -47,8 +47,13 @@ def dot(equation: str, x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Ar
     return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=out)
 
 
+def asked_precision() -> str | None:
+  """What `jax.default_matmul_precision` was set to, if it was."""
+  return jax.config.values["jax_default_matmul_precision"]
+
+
 def _precision_of(dtype: Any) -> Any:
-  unset = getattr(jax.config, "jax_default_matmul_precision") is None  # noqa: B009 (mypy does not know it)
+  unset = asked_precision() is None
   return jax.default_matmul_precision("highest") if unset and dtype == jnp.float32 else contextlib.nullcontext()
 
 
