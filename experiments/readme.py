@@ -196,6 +196,22 @@ def faults() -> str:
   return f"{_run_by(record)}\n\n{_table(['fault', 'cases', 'ended the same', 'by stage'], rows)}"
 
 
+_SIDE = ("tokens/s", "peer", "of the matmul rate", "GiB at the peak")
+
+
+def _side(record: Any, side: str) -> list[str]:
+  """The cells under `_SIDE` of one side of a benchmark (`benchmarks.sides`); no peak on CPUs."""
+  found, times = record[side], record["times_the_peer"].get(side, 1)
+  peak = f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else ""
+  return [f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", f"{record['share_of_matmul_rate'][side]:.0%}", peak]
+
+
+def _sides_by(record: Any) -> str:
+  environment = f"XLA_FLAGS={record['xla_flags']} " if record["xla_flags"] else ""
+  where = {key: record["jax"][key] for key in ("hardware", "versions")}
+  return _run_by(record | where | {"command": environment + record["command"]})
+
+
 def bld() -> str:
   """One step that distils all variants of a layer, here and in PyTorch."""
   sides = {"jax_attention": "here", "jax": "here, attention against the block", "torch": "PyTorch peer"}
@@ -203,38 +219,19 @@ def bld() -> str:
   rows, notes = [], []
   for name, (label, layers) in shapes.items():
     record = _record(f"bld_{name}")
-    environment = f"XLA_FLAGS={record['xla_flags']} " if record["xla_flags"] else ""
-    where = {key: record["jax"][key] for key in ("hardware", "versions")}
-    notes.append(f"{label}: {_run_by(record | where | {'command': environment + record['command']})}")
+    notes.append(f"{label}: {_sides_by(record)}")
     for side, title in sides.items():
-      found, times = record[side], record["times_the_peer"].get(side, 1)
-      peak = f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else ""
-      hours = f"{layers * 1e9 / found['tokens_per_s'] / 3600:,.0f}" if peak else ""
-      share = f"{record['share_of_matmul_rate'][side]:.0%}"
-      rows.append([label, title, f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", share, peak, hours])
-  header = [
-    "a layer of",
-    "",
-    "tokens/s",
-    "peer",
-    "of the matmul rate",
-    "GiB at the peak",
-    "hours, 1 B tokens, all layers",
-  ]
-  return "\n".join(notes) + "\n\n" + _table(header, rows)
+      figures = _side(record, side)
+      hours = f"{layers * 1e9 / record[side]['tokens_per_s'] / 3600:,.0f}" if figures[-1] else ""
+      rows.append([label, title, *figures, hours])
+  return "\n".join(notes) + "\n\n" + _table(["a layer of", "", *_SIDE, "hours, 1 B tokens, all layers"], rows)
 
 
 def gkd() -> str:
   """One step of global distillation, here and in PyTorch."""
   record = _record("gkd_smollm2")
-  rows = []
-  for side, title in {"jax": "here", "torch": "PyTorch peer"}.items():
-    found, times = record[side], record["times_the_peer"].get(side, 1)
-    share, peak = record["share_of_matmul_rate"][side], found["peak_bytes"] / 2**30
-    rows.append([title, f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", f"{share:.0%}", f"{peak:.1f}"])
-  where = {key: record["jax"][key] for key in ("hardware", "versions")}
-  header = ["", "tokens/s", "peer", "of the matmul rate", "GiB at the peak"]
-  return f"{_run_by(record | where)}\n\n{_table(header, rows)}"
+  rows = [[title, *_side(record, side)] for side, title in {"jax": "here", "torch": "PyTorch peer"}.items()]
+  return f"{_sides_by(record)}\n\n{_table(['', *_SIDE], rows)}"
 
 
 def block_library() -> str:
