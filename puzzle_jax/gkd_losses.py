@@ -44,8 +44,8 @@ def forward(
     return x_BTD.astype(dtype) if teacher_BTD is None else _distance(x_BTD, teacher_BTD, batch.segment_ids > 0)
 
   if jax.default_backend() == "gpu" and (mesh is None or mesh.size == 1) and "runs" in params:
-    # Nothing is copied into stacks and out of them: a seventh of the step's time. CPUs gain nothing and compile longer;
-    # over several devices a scan keeps few weights gathered at a time.
+    # Nothing is copied into stacks and out of them. CPUs gain nothing and compile longer; over several devices a scan
+    # keeps few weights gathered at a time.
     params = decoder.unstacked(architecture, params)
   return decoder.apply(
     architecture,
