@@ -40,6 +40,7 @@ setup(
   py_modules=[f"puzzle_jax.experiments.{name}" for name in COMMANDS],
   package_dir={"puzzle_jax.configs": "configs", "puzzle_jax.experiments": "experiments"},
   package_data={"puzzle_jax": ["py.typed", "report/*.html", "serving/hf/*.py"]},
+  entry_points={"vllm.general_plugins": ["puzzle_jax = puzzle_jax.serving.vllm_plugin:register"]},
   install_requires=[
     "absl-py>=2.1,<3",
     "array_record>=0.8,<0.9",

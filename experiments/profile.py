@@ -66,9 +66,9 @@ _SCENARIOS = flags.DEFINE_list(
   "scenarios", [], f"Tokens in and out, such as 128/1024, or of {', '.join(PAPER)}; the config's if empty."
 )
 _DTYPE = flags.DEFINE_enum("dtype", None, [*TYPES, *DTYPES], "Of the weights; Q4_1 or bfloat16 if empty.")
-_LAYERS = flags.DEFINE_integer("layers", 0, "Of the timed models; the parent's if 0.")
+_LAYERS = flags.DEFINE_integer("layers", 0, "Of the timed models; if 0 the parent's, in vLLM twice as many.")
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 0, "How often each timing is repeated; 10 in llama.cpp, 3 in vLLM, 5 in torch if 0."
+  "rounds", 0, "How often each timing is repeated; 10 in llama.cpp, 4 in vLLM, 5 in torch if 0."
 )
 _CHILDREN = flags.DEFINE_integer("children", 0, "Random children to time beside.", lower_bound=0)
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "Of llama.cpp.")
@@ -79,6 +79,7 @@ _WIDTHS = flags.DEFINE_integer(
 _PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and timed in vLLM.")
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
+_GPUS = flags.DEFINE_list("gpus", [], "Numbers of GPUs on which vLLM measures different models at the same time.")
 _TENSOR_PARALLEL = flags.DEFINE_integer(
   "tensor_parallel", 1, "GPUs that vLLM or TensorRT-LLM splits models over.", lower_bound=1
 )
@@ -204,8 +205,8 @@ def _in_llamacpp(parent: Parent, built: space.Space, scenarios: list[Scenario]) 
 def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario], config: RunConfig) -> CostTable:
   timing = vllm_timing.TimingConfig(
     dtype=_DTYPE.value or "bfloat16",
-    layers=_LAYERS.value or parent.num_layers,
-    rounds=_ROUNDS.value or 3,
+    layers=_LAYERS.value or 2 * parent.num_layers,
+    rounds=_ROUNDS.value or 4,
     ffn_widths=_WIDTHS.value,
     passes=_PASSES.value,
   )
@@ -218,7 +219,9 @@ def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario]
       parent,
       built,
       plan=vllm_timing.Plan(tuple(scenarios), tuple(batches), timing),
-      engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value),
+      engine=VLLM(
+        python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value, gpus=tuple(_GPUS.value)
+      ),
       folder=parts.root,
       progress=Progress(),
       children=random_children(parent, built, _CHILDREN.value, "vllm") if _CHILDREN.value else None,

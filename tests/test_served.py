@@ -41,12 +41,12 @@ def test_figures(models, tmp_path, quiet):
     first = 2 * 20 * (0.125 + layer)
     steps = sum(0.125 + 2 * (layer + sum(SECONDS["per_token"].get(p, 0) for p in parts) * c) for c in range(21, 50))
     model = found[name]
-    (figures,) = model.figures["20/30"].values()  # 30 requests of 50 tokens are more than the cache's 1000
+    (figures,) = model.figures["20/30"].values()  # 30 requests of 50 tokens are more than the cache's 1024
     assert figures.first_token_s == pytest.approx(first)
     assert figures.token_s == pytest.approx(steps / 29)
     assert figures.throughput == pytest.approx(2 * 50 / (first + steps))
     assert figures.output_throughput == pytest.approx(2 * 30 / (first + steps))
-    assert (model.kv_cache_tokens, model.max_batch) == (1000, {"20/30": 20})
+    assert (model.kv_cache_tokens, model.max_batch) == (1024, {"20/30": 16})  # in blocks of 16 tokens
     assert model.weight_bytes == (models[name] / "model.safetensors").stat().st_size
   assert found["parent"].kv_bytes_per_token == 3 * 2 * 4 * 16 * 2
   assert found["child"].kv_bytes_per_token == 2 * (4 + 1) * 16 * 2

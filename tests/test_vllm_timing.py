@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from puzzle_jax import space
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.serving import engines, vllm_process, vllm_timing
+from puzzle_jax.serving import engines, vllm_plugin, vllm_process, vllm_timing
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
 
@@ -66,7 +68,7 @@ def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
       assert table.fixed[scenario.name][str(batch)] == pytest.approx(fixed)
   assert (table.backend, table.hardware, table.versions["vllm"]) == ("vllm", "1 x Fake GPU", "0.25.1")
   assert (table.bytes_per_value, table.kv_width, table.tensor_parallel) == (2, 2, 1)
-  assert set(table.details["kv_cache_tokens"].values()) == {1000}
+  assert set(table.details["kv_cache_tokens"].values()) == {1024}
   lines = table.details["children"]
   assert [(x["model"], x["scenario"], x["batch"]) for x in lines[:3]] == [
     ("parent", "20/30", 1),
@@ -103,6 +105,38 @@ def test_what_was_measured_is_not_measured_again(parent, tmp_path, quiet, monkey
   assert [log for log, then in before.items() if log.stat().st_mtime_ns != then] == [broken]
 
 
+def test_models_side_by_side(parent, tmp_path, quiet, monkeypatch):
+  plan, built = Plan((CHAT,), (1,), CONFIG), space_of(parent, ())
+  alone = measure(parent, tmp_path, quiet, plan=plan, built=built)
+  engine = dataclasses.replace(ENGINE, gpus=("2", "5"))
+  together = measure(parent, tmp_path / "both", quiet, plan=plan, built=built, engine=engine)
+  assert (together.subblocks, together.fixed) == (alone.subblocks, alone.fixed)
+  told = {log.read_text().splitlines()[0] for log in (tmp_path / "both").rglob("vllm.log")}
+  assert told == {"GPUs 2", "GPUs 5"}
+  monkeypatch.setenv("FAKE_VLLM", "old")
+  with pytest.raises(PuzzleError, match=r"vLLM 0.9.1 is too old"):  # the first error, not what ends the others
+    measure(parent, tmp_path / "again", quiet, plan=plan, built=built, engine=engine)
+  with pytest.raises(PuzzleError, match="2 GPUs are not to be split into groups of 4"):
+    _ = dataclasses.replace(engine, tensor_parallel=4).side_by_side
+
+
+def test_the_schedule_of_attention_is_that_of_the_layers_own_kv_heads(monkeypatch):
+  class Builder:
+    def __init__(self, kv_cache_spec: Any, model_kv_heads: int):
+      self.num_heads_kv = model_kv_heads
+
+  backends = types.ModuleType("vllm.v1.attention.backends")
+  backends.flash_attn = types.SimpleNamespace(FlashAttentionMetadataBuilder=Builder)
+  for name in ("vllm", "vllm.v1", "vllm.v1.attention"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  monkeypatch.setitem(sys.modules, backends.__name__, backends)
+  spec = types.SimpleNamespace(num_kv_heads=1)
+  assert Builder(spec, 3).num_heads_kv == 3
+  for _ in range(2):
+    vllm_plugin.register()
+    assert Builder(spec, 3).num_heads_kv == 1
+
+
 def test_other_widths_are_interpolated(parent, tmp_path, quiet):
   plan = Plan((CHAT,), (1,), dataclasses.replace(CONFIG, ffn_widths=3))
   table = measure(parent, tmp_path, quiet, plan=plan)
@@ -116,7 +150,7 @@ def test_other_widths_are_interpolated(parent, tmp_path, quiet):
 
 
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(parent, tmp_path, quiet, monkeypatch):
-  """A KV cache of 1000 tokens: batch 16 of 50 tokens fits, of 128 does not; first, it fails in the engine."""
+  """A KV cache of 1024 tokens: batch 16 of 50 tokens fits, of 128 does not; at first it fails in the engine."""
   monkeypatch.setenv("FAKE_VLLM", "batch:16")
   plan = dataclasses.replace(PLAN, batches=(1, 4, 16))
   table = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()), children={})
@@ -129,7 +163,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(parent, tmp_path, quiet,
   table = measure(parent, other, quiet, plan=plan, built=space_of(parent, ()))
   assert sorted(table.fixed["20/30"]) == ["1", "16", "4"]  # its longest context is not needed
   assert sorted(table.fixed["8/120"]) == ["1", "4"]
-  assert "the KV cache holds 1000 tokens" in table.details["unreachable"][0]["why"]
+  assert "the KV cache holds 1024 tokens" in table.details["unreachable"][0]["why"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 Timed are models as deep as asked for whose layers, but for the first and the last, are one variant beside the parent's
 other subblock (engines want attention in the first layer, some an FFN in the last), one whose inner layers are empty,
-and one of half the depth. Imports no JAX.
+and one of half the depth. Where the host's work of a step hides what a fast model saves (`beside_base`), the variants
+come beside as many of the parent's own layers instead, so that no model is faster than that of half the depth.
+Imports no JAX.
 """
 
 import dataclasses
@@ -31,9 +33,9 @@ def subblocks_of(space: Space) -> list[Subblock]:
 
 
 def timed_models(
-  parent: Architecture, subblocks: Collection[Subblock], *, layers: int, engine: str
+  parent: Architecture, subblocks: Collection[Subblock], *, layers: int, engine: str, beside_base: bool = False
 ) -> dict[str, Architecture]:
-  """What is timed, the parent's own block first, an all but empty model third.
+  """What is timed, the parent's own block first, the same at half the depth second, an all but empty model third.
 
   Raises:
     PuzzleError: the engine does not run a subblock.
@@ -44,11 +46,13 @@ def timed_models(
   }
   ordered = sorted(subblocks, key=lambda s: s.id)
   specs = [dataclasses.replace(base, **{s.slot: s}) for s in ordered if not isinstance(s, NoFFN)]
-  for spec in (BlockSpec(NoAttention(), NoFFN()), *(spec for spec in specs if spec != base)):
-    blocks = (base, *[spec] * (layers - 2), base)
+  nothing = BlockSpec(NoAttention(), NoFFN())
+  for spec in (nothing, *(spec for spec in specs if spec != base)):
+    mixed = beside_base and spec != nothing
+    blocks = (base, spec) * (layers // 2) if mixed else (base, *[spec] * (layers - 2), base)
     if refused := engines.rejections(engines.by_name(engine), [b.name for b in blocks]):
       raise PuzzleError(f"{'; '.join(refused)}; take a space that it runs: --config.space.engine={engine}")
-    found[f"{spec.name} x {layers - 2}"] = dataclasses.replace(parent, blocks=blocks)
+    found[f"{spec.name} x {blocks.count(spec)}"] = dataclasses.replace(parent, blocks=blocks)
   return found
 
 

@@ -68,7 +68,8 @@ ENGINES: dict[str, Engine] = {
     first_layer_without_attention=False,
     ffn_multiple=1,  # it takes an exact `intermediate_size`
     dtypes=_FLOATS | FP8,
-    seen="0.25.1: layers of 1 and of 3 KV heads mixed, attention left out in some, exact FFN widths",
+    seen="0.25.1: layers of 1 and of 3 KV heads mixed (on Hopper with the plugin below), attention left out in some, "
+    "exact FFN widths",
   ),
   "sglang": Engine(
     title="SGLang",

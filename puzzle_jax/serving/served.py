@@ -1,6 +1,7 @@
 """Parent and child in a serving engine, side by side: what a user wants to know before deploying (imports no JAX)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,12 @@ def serve(
       )
       if not measured.engine:
         raise PuzzleError(f"{name}: it does not fit the memory of the GPU; the log is in {folder / name}")
-      room = measured.engine["kv_cache_tokens"]
+      room, block = measured.engine["kv_cache_tokens"], measured.engine["kv_block_tokens"]
       found[name] = Served(
         weight_bytes=weight_bytes(path),
         kv_bytes_per_token=kv_bytes_per_token(opened[name], engine.tensor_parallel),
         kv_cache_tokens=room,
-        max_batch={s.name: room // s.tokens for s in scenarios},
+        max_batch={s.name: room // block // math.ceil(s.tokens / block) for s in scenarios},
         figures={
           s.name: {str(b): f for b in batches if (f := _figures(measured, s, b, rounds)) is not None} for s in scenarios
         },

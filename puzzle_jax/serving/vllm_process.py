@@ -20,6 +20,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "larger than the available KV cache")
 _TAKEN = "is less than desired GPU memory"  # the model before may not be quite gone
 _POLL_S = 0.2
+_CHUNK = 16384  # tokens that a step takes at most: vLLM's own default here, but for few or short requests
 _WAIT_S, _TRIES = 10.0, 6
 
 Point = dict[str, Any]  # see `vllm_worker`
@@ -34,12 +35,23 @@ class VLLM:
     path: a folder of Python packages that it lies in, if not that environment's own.
     memory: share of the GPU's memory that it takes.
     tensor_parallel: GPUs that each model is split over.
+    gpus: its own, by number; empty: the first ones.
   """
 
   python: str = sys.executable
   path: str = ""
   memory: float = 0.9
   tensor_parallel: int = 1
+  gpus: tuple[str, ...] = ()
+
+  @property
+  def side_by_side(self) -> "list[VLLM]":
+    """As many of it as `gpus` have room for, each with GPUs of its own."""
+    each = self.tensor_parallel
+    if len(self.gpus) % each:
+      raise PuzzleError(f"{len(self.gpus)} GPUs are not to be split into groups of {each}")
+    starts = range(0, len(self.gpus), each)
+    return [dataclasses.replace(self, gpus=self.gpus[i : i + each]) for i in starts] or [self]
 
   def settings(self, model: Path, *, max_length: int, batches: Sequence[int], dummy: bool) -> dict[str, Any]:
     """vLLM's own, for requests of up to `max_length` tokens in batches; `dummy`: random weights.
@@ -56,6 +68,8 @@ class VLLM:
       "gpu_memory_utilization": self.memory,
       "max_model_len": max_length,
       "max_num_seqs": max(batches),
+      "max_num_batched_tokens": _CHUNK,
+      "enable_prefix_caching": True,
       "compilation_config": {"cudagraph_capture_sizes": sorted(sizes)},
     }
 
@@ -74,9 +88,9 @@ class Measured:
   points: tuple[dict[str, Any], ...]
   wall_s: float
 
-  def seconds(self, point: Point) -> list[float] | None:
-    """By round; None where the point could not be reached."""
-    return self._line(point).get("seconds")
+  def seconds(self, point: Point, name: str = "seconds") -> list[float] | None:
+    """By round, of what the worker calls so; None where the point could not be reached."""
+    return self._line(point).get(name)
 
   def tokens(self, point: Point) -> list[list[int]]:
     """Of a `continue` point; raises PuzzleError where that failed."""
@@ -109,7 +123,7 @@ def measure(
     points: what to measure.
     vocab_size: random prompts are drawn from.
     folder: the model's own, for results and the engine's log.
-    tick: called with the number of points that have come.
+    tick: called several times a second with the number of points that have come; what it raises ends the engine.
 
   Raises:
     PuzzleError: vLLM is missing or too old, or fails. Where it says that memory is short, the point, or all of a model
@@ -125,8 +139,7 @@ def measure(
   def look() -> int:
     nonlocal seen
     came = len(_lines(results, points)) - seen
-    if came:
-      tick(came)
+    tick(came)
     seen += came
     return came
 
@@ -174,6 +187,8 @@ def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[
 def _environment(engine: VLLM) -> dict[str, str]:
   """FlashInfer would compile its sampler for minutes at every start."""
   env = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+  if engine.gpus:
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(engine.gpus)
   if engine.path:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [engine.path, env.get("PYTHONPATH", "")]))
   return env

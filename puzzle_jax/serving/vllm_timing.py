@@ -3,17 +3,22 @@
 Each model of `by_difference` is loaded once (`vllm_process`) and measured at every batch: the prefill of each
 scenario's input, and decode steps at a few contexts that serve all scenarios. A scenario's seconds are those of the
 prefill and of the steps, interpolated between contexts: where prompts are read in parts, early requests decode beside
-late ones' prompts, and as many steps at the end are of smaller batches. Children given beside the space, the parent
-first, are timed in whole scenarios instead, and left out of the fit: what the table predicts of them is held against
-them.
+late ones' prompts, and as many steps at the end are of smaller batches. A step takes what the GPU or the host's work
+takes, whichever is longer; so variants are timed beside the parent's layers, and the all but empty model, whose steps
+are the host's, is no part of the fit. Children given beside the space, the parent first, are timed in whole scenarios
+instead, and left out of the fit: what the table predicts of them is held against them.
 
 Nothing is measured twice: what came is kept in a folder, model by model and point by point, and the same call goes on.
 With `passes` above one, all models are loaded and measured again, as many times, so that a machine that drifts is seen.
+On several GPUs (`VLLM.gpus`) as many models are measured at once, each on its own.
 """
 
 import dataclasses
+import queue
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from puzzle_jax.space import Space
 
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
+_FULL, _HALF, _EMPTY = range(3)  # of `timed_models`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +46,17 @@ class TimingConfig:
 
   Attributes:
     dtype: of the weights, one of `hf_export.DTYPES`.
-    layers: of the models that subblocks are timed in.
+    layers: of the models that subblocks are timed in; half of them are the parent's own.
     rounds: of each point; the mean of the faster half counts.
-    decode_steps: in one timing; behind as many that are not timed, in which late requests catch up.
+    decode_steps: in one timing; behind as many that are not timed.
     ffn_widths: how many of the space's FFN widths are timed, the others being interpolated; 0: all.
     passes: over all models.
   """
 
   dtype: str = "bfloat16"
-  layers: int = 30
-  rounds: int = 3
-  decode_steps: int = 32
+  layers: int = 60
+  rounds: int = 4
+  decode_steps: int = 64
   ffn_widths: int = 0
   passes: int = 1
 
@@ -152,20 +158,13 @@ def measure(
   """
   subblocks = by_difference.subblocks_of(space)
   timed = by_difference.spread_widths(subblocks, parent, plan.config.ffn_widths)
-  models = by_difference.timed_models(parent, timed, layers=plan.config.layers, engine="vllm")
+  models = by_difference.timed_models(parent, timed, layers=plan.config.layers, engine="vllm", beside_base=True)
   wholes = {"parent": parent} | dict(children or {}) if children is not None else {}
   for name, model in (models | wholes).items():
     engines.check_export("vllm", model, format="hf", dtype=plan.config.dtype)
     engines.check_ranks("vllm", model, engine.tensor_parallel, what=name)
   points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
-  found: dict[str, list[Measured]] = {name: [] for name in points}
-  total = plan.config.passes * sum(map(len, points.values()))
-  with progress.bar("costs", total=total, unit="point") as bar:
-    for i in range(plan.config.passes):
-      for name, model in (models | wholes).items():
-        bar.set_postfix_str(name)
-        place = folder / f"pass {i + 1}" / name.replace("/", " ")
-        found[name].append(_one(model, points[name], plan, engine, place, bar.update))
+  found = _all(models | wholes, points, plan, engine, folder, progress)
   about = _same_machine(found, folder)
   parts, unreachable = _parts(models, found, plan, subblocks)
   if not parts:
@@ -194,8 +193,49 @@ def measure(
     kv_bytes_per_value=_KV_BYTES,
     tensor_parallel=engine.tensor_parallel,
   )
-  details["children"] = _children(wholes, found, plan, table, empty=found[list(models)[2]])
+  details["children"] = _children(wholes, found, plan, table, empty=found[list(models)[_EMPTY]])
   return table
+
+
+def _all(
+  models: Mapping[str, Architecture],
+  points: Mapping[str, Sequence[Point]],
+  plan: Plan,
+  engine: VLLM,
+  folder: Path,
+  progress: Progress,
+) -> dict[str, list[Measured]]:
+  """Each model in each pass, as many at once as there are places for the engine; the first error ends all."""
+  jobs = [(i, name) for i in range(plan.config.passes) for name in models]
+  places, turn, stopped = queue.SimpleQueue[VLLM](), threading.Lock(), threading.Event()
+  for place in engine.side_by_side:
+    places.put(place)
+  with progress.bar("costs", total=sum(len(points[name]) for _, name in jobs), unit="point") as bar:
+
+    def tick(came: int) -> None:
+      if stopped.is_set():
+        raise PuzzleError("another model's measurement has failed")
+      with turn:
+        bar.update(came)
+
+    def measured(job: tuple[int, str]) -> Measured:
+      (i, name), place = job, places.get()
+      bar.set_postfix_str(name)
+      try:
+        return _one(models[name], points[name], plan, place, folder / f"pass {i + 1}" / name.replace("/", " "), tick)
+      finally:
+        places.put(place)
+
+    with ThreadPoolExecutor(places.qsize()) as pool:
+      found = {job: pool.submit(measured, job) for job in jobs}
+      try:
+        for done in as_completed(found.values()):
+          done.result()
+      except BaseException:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+  return {name: [found[i, name].result() for i in range(plan.config.passes)] for name in models}
 
 
 def _one(model: Architecture, points: Sequence[Point], plan: Plan, engine: VLLM, folder: Path, tick: Any) -> Measured:
@@ -228,15 +268,21 @@ def _same_machine(found: Mapping[str, Sequence[Measured]], folder: Path) -> dict
   }
 
 
-def _mean(passes: Sequence[Measured], point: Point) -> float | None:
+def _mean(passes: Sequence[Measured], point: Point, name: str = "seconds") -> float | None:
   """Of the faster half of all rounds; None if it was not reached each time."""
-  rounds = [m.seconds(point) for m in passes]
+  rounds = [m.seconds(point, name) for m in passes]
   return quiet_mean([s for r in rounds for s in r or ()]) if all(rounds) else None
+
+
+def _step(passes: Sequence[Measured], point: Point) -> float | None:
+  """Seconds of a decode step; None if it was not reached."""
+  fewer, more = (_mean(passes, point, name) for name in ("fewer", "more"))
+  return None if fewer is None or more is None else (more - fewer) / point["steps"]
 
 
 def _decode_s(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> float | None:
   """Seconds behind the first token: a step a token, each at its context."""
-  steps = {c: _mean(passes, plan.decode(batch, c)) for c in plan.contexts}
+  steps = {c: _step(passes, plan.decode(batch, c)) for c in plan.contexts}
   known = {c + plan.lead: s for c, s in steps.items() if s is not None}
   if not known or (len(known) < len(steps) and max(known) < scenario.tokens):
     return None
@@ -259,6 +305,7 @@ def _parts(
   """Differences by scenario and batch, and what could not be reached."""
   parts: dict[str, dict[str, Differences]] = {}
   unreachable = []
+  fitted = {name: model for name, model in models.items() if name != list(models)[_EMPTY]}
   for scenario in plan.scenarios:
     for batch in plan.batches:
       seconds = {name: _totals(found[name], plan, batch, scenario) for name in models}
@@ -267,7 +314,7 @@ def _parts(
         unreachable.append({"scenario": scenario.name, "batch": batch, "models": missing, "why": why})
         continue
       reached = {name: s for name, s in seconds.items() if s is not None}
-      parts.setdefault(scenario.name, {})[str(batch)] = by_difference.differences(models, reached, subblocks)
+      parts.setdefault(scenario.name, {})[str(batch)] = by_difference.differences(fitted, reached, subblocks)
   return parts, unreachable
 
 
@@ -277,8 +324,8 @@ def _limits(
   plan: Plan,
   parts: Mapping[str, Mapping[str, Differences]],
 ) -> dict[str, dict[str, dict[str, Any]]]:
-  """How much of the first model's seconds an all but empty one takes, and so who is the limit: the GPU or the host."""
-  base, _, empty, *_ = models
+  """How much of the seconds of half the depth an all but empty model takes, and so who is the limit: GPU or host."""
+  base, empty = (list(models)[i] for i in (_HALF, _EMPTY))
   limits: dict[str, dict[str, dict[str, Any]]] = {}
   for scenario in plan.scenarios:
     for batch in map(int, parts.get(scenario.name, ())):
@@ -298,16 +345,17 @@ def _points(
   points = []
   for name in models:
     for point in plan.parts:
-      rounds = [s for m in found[name] for s in m.seconds(point) or ()]
+      whole = "more" if point["kind"] == "decode" else "seconds"
+      rounds = [s for m in found[name] for s in m.seconds(point, whole) or ()]
       if not rounds:
         continue
-      seconds = quiet_mean(rounds)
+      seconds = _step(found[name], point) if point["kind"] == "decode" else quiet_mean(rounds)
       line = {"model": name} | {k: point[k] for k in ("kind", "batch", "tokens")}
-      line |= {"seconds": seconds, "spread": statistics.pstdev(rounds) / seconds}
+      line |= {"seconds": seconds, "spread": statistics.pstdev(rounds) / quiet_mean(rounds)}
       if point["kind"] == "decode" and point["tokens"] in plan.contexts[1:-1]:
         ends = (plan.contexts[0], plan.contexts[-1])
-        first, last = (_mean(found[name], plan.decode(point["batch"], c)) for c in ends)
-        if first is not None and last is not None:
+        first, last = (_step(found[name], plan.decode(point["batch"], c)) for c in ends)
+        if first is not None and last is not None and seconds is not None:
           line["affine_residual"] = float(np.interp(point["tokens"], ends, [first, last])) / seconds - 1
       points.append(line)
   return points

@@ -5,19 +5,21 @@
 Needs vLLM and nothing of puzzle_jax. The model is loaded once; a job's points are measured one by one, and each is
 appended to the job's file of results as one JSON line, so that a worker that was killed goes on behind the last.
 
-What is timed is `LLM.generate`, from token ids to token ids, with the engine's own process and scheduler. Requests are
-random tokens, each another: equal prompts would share their KV cache. `prefill`: a batch of new prompts until all have
-their first token. `decode`: the same prompts twice, the engine remembering them (prefix caching), with `steps` tokens
-behind the first and with twice as many: requests start and end one after the other, in both alike, so that the
-difference is steps of the whole batch. `scenario`: a whole one. `continue`: the greedy continuation of given prompts,
-no timing.
+What is timed is from token ids to token ids, with the engine's own process and scheduler, from the moment at which all
+requests are there: a closed batch. Requests are random tokens, each another: equal prompts would share their KV cache.
+`prefill`: a batch of new prompts until all have their first token. `decode`: the same prompts twice, the engine
+remembering them (prefix caching), with `steps` tokens behind the first and with twice as many: the difference is steps
+of the whole batch, whatever it takes to begin. `scenario`: a whole one. `continue`: the greedy continuation of given
+prompts, no timing.
 """
 
+import importlib.util
 import json
 import os
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -33,6 +35,7 @@ class Engine:
     if _numbers(vllm.__version__) < _numbers(oldest):
       sys.exit(f"error: vLLM {vllm.__version__} is too old; {oldest} is the one that was tested")
     begin = time.perf_counter()
+    _plug_in()  # before the engine's own process is forked; puzzle_jax need not be installed here
     self._llm, self._params = vllm.LLM(**settings), vllm.SamplingParams
     config, ranks = self._llm.llm_engine.vllm_config, settings.get("tensor_parallel_size", 1)
     cache = config.cache_config
@@ -42,19 +45,34 @@ class Engine:
       "python": sys.version.split()[0],
       "hardware": f"{ranks} x {current_platform.get_device_name()}",
       "kv_cache_tokens": getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size,
+      "kv_block_tokens": 16,  # of a request, that its cache holds together
       "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
       "load_s": time.perf_counter() - begin,
     }
 
-  def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """The likeliest continuation of each prompt, so many tokens."""
+  def generate(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
+    """The likeliest continuation of each prompt, so many tokens; and the seconds from when all are there."""
     params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [list(o.outputs[0].token_ids) for o in outputs]
+    self._llm.sleep(level=0)
+    self._llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    begin = time.perf_counter()
+    self._llm.wake_up(["scheduling"])
+    outputs = self._llm.wait_for_completion(use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - begin
 
   def close(self) -> None:
     """Ends vLLM's own process: the next model finds the GPU's memory free."""
     self._llm.llm_engine.engine_core.shutdown()
+
+
+def _plug_in() -> None:
+  """`vllm_plugin.register`, from beside this file."""
+  spec = importlib.util.spec_from_file_location("vllm_plugin", Path(__file__).with_name("vllm_plugin.py"))
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  module.register()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -76,14 +94,10 @@ class Prompts:
     return [[low, high, i % self._vocab, *s[3:tokens]][:tokens] for i, s in enumerate(self._streams[:batch])]
 
 
-def _seconds(engine: Any, prompts: list[list[int]], tokens: int) -> float:
-  begin = time.perf_counter()
-  engine.generate(prompts, tokens)
-  return time.perf_counter() - begin
-
-
 def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> dict[str, Any]:
-  """A point's seconds by round (of a step, for `decode`), or tokens; what does not fit the KV cache is said to.
+  """A point's seconds by round, or tokens; what does not fit the KV cache is said to.
+
+  Of `decode` there are two lists, `fewer` and `more`: of so many steps, and of twice as many.
 
   Args:
     engine: with `about` and `generate`.
@@ -92,26 +106,22 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
     mark: unlike any other point's by at least its rounds and one.
   """
   if point["kind"] == "continue":
-    return {"tokens": engine.generate(point["prompts"], point["output"])}
+    return {"tokens": engine.generate(point["prompts"], point["output"])[0]}
   batch, length = point["batch"], point["tokens"]
-  room, need = engine.about["kv_cache_tokens"], batch * (length + point.get("output", 1) + 2 * point.get("steps", 0))
+  longest = length + point.get("output", 1) + 2 * point.get("steps", 0)
+  block, room = engine.about["kv_block_tokens"], engine.about["kv_cache_tokens"]
+  need = batch * -(-longest // block) * block
   if need > room:
     return {"unreachable": f"the KV cache holds {room} tokens, {need} are needed"}
-  rounds = []
   if point["kind"] == "decode":
     repeated = prompts(batch, length, 0)  # shorter contexts of the batch come first: their tokens are remembered
-    steps = point["steps"]
-    engine.generate(repeated, 1 + 2 * steps)
-    for _ in range(point["rounds"]):
-      first = _seconds(engine, repeated, 1 + steps)
-      rounds.append((_seconds(engine, repeated, 1 + 2 * steps) - first) / steps)
-  else:
-    tokens = point["output"] if point["kind"] == "scenario" else 1
-    for i in range(point["rounds"] + 1):
-      seconds = _seconds(engine, prompts(batch, length, mark + i), tokens if i else 1)
-      if i:  # the first warms up
-        rounds.append(seconds)
-  return {"seconds": rounds}
+    engine.generate(repeated, 1)
+    counts = {"fewer": 1 + point["steps"], "more": 1 + 2 * point["steps"]}
+    rounds = [{name: engine.generate(repeated, n)[1] for name, n in counts.items()} for _ in range(point["rounds"])]
+    return {name: [r[name] for r in rounds] for name in counts}
+  tokens = point["output"] if point["kind"] == "scenario" else 1
+  times = [engine.generate(prompts(batch, length, mark + i), tokens if i else 1)[1] for i in range(point["rounds"] + 1)]
+  return {"seconds": times[1:]}  # the first warms up
 
 
 def work(job: dict[str, Any], make: Any = Engine) -> None:

@@ -35,6 +35,7 @@ class LLM:
       raise ValueError("Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)")
     if MODE == "small":
       raise ValueError("No available memory for the cache blocks.")
+    print("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"))
     assert settings["skip_tokenizer_init"]
     assert Path(model, "configuration_puzzle.py").is_file()
     config = json.loads(Path(model, "config.json").read_text())
@@ -54,9 +55,24 @@ class LLM:
       vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler),
     )
 
-  def generate(self, prompts: list[dict], params: SamplingParams, *, use_tqdm: bool) -> list:
+  def sleep(self, *, level: int) -> None:
+    assert level == 0
+    self.queued, self.asleep = [], True
+
+  def wake_up(self, tags: list[str]) -> None:
+    assert tags == ["scheduling"]
+    self.asleep = False
+
+  def enqueue(self, prompts: list[dict], params: SamplingParams, *, use_tqdm: bool) -> None:
     assert not use_tqdm
     assert params.ignore_eos
+    assert self.asleep
+    self.queued = [prompts, params]
+
+  def wait_for_completion(self, *, use_tqdm: bool) -> list:
+    assert not use_tqdm
+    assert not self.asleep
+    prompts, params = self.queued
     self.calls += 1
     if MODE == "dies" and self.calls == 5 and not Path(ARGUMENT).exists():
       Path(ARGUMENT).touch()
