@@ -60,21 +60,25 @@ class State:
   best: Any
 
   @classmethod
-  def first(cls, params: Any, config: GKDConfig) -> "State":
-    """Before any step; copies `params`, since a step donates its input."""
+  def first(cls, params: Any, config: GKDConfig, mesh: Mesh | None = None) -> "State":
+    """Before any step; copies `params`, since a step donates its input. On a mesh each device makes its own share."""
 
-    def copied(wanted: bool) -> Any:
-      return jax.tree.map(jnp.copy, params) if wanted else {}
+    def made(params: Any) -> "State":
+      def copied(wanted: bool) -> Any:
+        return jax.tree.map(jnp.copy, params) if wanted else {}
 
-    return cls(
-      copied(True),
-      config.optimizer().init(params),
-      jnp.zeros((), jnp.int32),
-      jnp.zeros((config.steps, len(METRICS))),
-      jnp.full(config.steps, jnp.nan),
-      copied(config.ema > 0),
-      copied(config.eval_steps > 0),
-    )
+      state = cls(
+        copied(True),
+        config.optimizer().init(params),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((config.steps, len(METRICS))),
+        jnp.full(config.steps, jnp.nan),
+        copied(config.ema > 0),
+        copied(config.eval_steps > 0),
+      )
+      return state if mesh is None else state.kept(mesh)
+
+    return jax.jit(made)(params)
 
   def mapped(self, of_weights: Callable[[Any], Any], of_figures: Callable[[Any], Any]) -> "State":
     """Something done to what is as large as the weights, something else to the few figures beside it."""
@@ -82,9 +86,9 @@ class State:
     large = {f.name: of_weights(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in figures}
     return State(**large, **figures)
 
-  def on(self, mesh: Mesh) -> "State":
-    """Laid over the devices of a mesh."""
-    return self.mapped(lambda tree: mesh_lib.shard_state(mesh, tree), lambda x: mesh_lib.put(mesh, x, P()))
+  def kept(self, mesh: Mesh) -> "State":
+    """Within a compiled program: laid over the devices of a mesh."""
+    return self.mapped(lambda tree: mesh_lib.keep_sharded(mesh, tree), lambda x: mesh_lib.laid(mesh, x, P()))
 
   def child(self, config: GKDConfig) -> Any:
     """The parameters that would come out now, were they not measured."""
@@ -122,7 +126,7 @@ def train_step(
     history=state.history.at[state.step].set(row),
     ema=jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if config.ema else {},
   )
-  return state if mesh is None else state.mapped(lambda tree: mesh_lib.keep_sharded(mesh, tree), lambda x: x)
+  return state if mesh is None else state.kept(mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("child", "parent", "config", "mesh"))
@@ -188,10 +192,11 @@ def train(
   mesh: Mesh | None = None,
   log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> tuple[Any, list[dict[str, float]]]:
-  """Trains the child and returns its parameters and the metrics of each step, `heldout_kl` where it was measured.
+  """Trains the child. No device ever holds more than its share of the two, and one layer or embedding on its way.
 
   Args:
-    child: architecture and "layers" parameters.
+    child: architecture and "layers" parameters. NumPy's go from the host to where they lie on the mesh; the layers may
+      be an iterator, which is read once.
     parent: the same of the parent.
     packed: training rows.
     config: how.
@@ -201,6 +206,10 @@ def train(
     mesh: the devices; None: one.
     log: gets each step's number, from 1, and its metrics.
 
+  Returns:
+    The child's "layers" parameters in NumPy, as given where there are no steps; the metrics of each step, `heldout_kl`
+    where it was measured.
+
   Raises:
     PuzzleError: the loss or its gradient is not finite, or it diverges (`gkd_guard.Watch`); names the step and keeps
       the last good checkpoint.
@@ -208,7 +217,7 @@ def train(
   if config.steps == 0:
     return child[1], []
   if config.start == "random":
-    child = (child[0], decoder.init(child[0], jax.random.key(config.seed)))
+    child = (child[0], decoder.init(child[0], jax.random.key(config.seed), keep=jax.device_get))
   mesh = mesh or mesh_lib.one_device()
   parent_params: Any = decoder.stacked(*parent)
   if config.parent == "sharded":
@@ -221,7 +230,7 @@ def train(
     rows = answers.keep(asked, packed, config=config, folder=_answers(folder), mesh=mesh, progress=progress)
     if not config.eval_steps:
       parent_params = None
-  state = State.first(decoder.stacked(*child), config).on(mesh)
+  state = State.first(mesh_lib.shard_state(mesh, decoder.stacked(*child)), config, mesh)
   iterator = data.batches(rows, batch_size=config.batch_rows, seed=config.seed)
   distributed.by_first(lambda: drop_damaged(folder, progress))
   with ocp.training.Checkpointer(
@@ -264,8 +273,23 @@ def train(
         if stop:
           break
   history = np.column_stack([np.asarray(state.history, np.float64), np.asarray(state.heldout_kl, np.float64)]).tolist()
-  trained = mesh_lib.gathered(state.best if config.eval_steps else state.child(config))
-  return decoder.unstacked(child[0], trained), [_measured(row) for row in history]
+  trained = _on_host(child[0], state.best if config.eval_steps else state.child(config))
+  return trained, [_measured(row) for row in history]
+
+
+@jax.jit
+def _layer(run: Any, i: int) -> Any:
+  return jax.tree.map(lambda x: x[i], run)
+
+
+def _on_host(architecture: Architecture, params: Any) -> Any:
+  """The "layers" form in NumPy, one layer after the other."""
+  layers = [
+    mesh_lib.fetch(_layer(run, i))
+    for (_, length), run in zip(architecture.runs(), params["runs"], strict=True)
+    for i in range(length)
+  ]
+  return mesh_lib.fetch({k: v for k, v in params.items() if k != "runs"}) | {"layers": layers}
 
 
 def _measured(row: list[float]) -> dict[str, float]:

@@ -86,9 +86,9 @@ def losses(
   count = jnp.maximum(jnp.sum(mask_T), 1)
   targets_T = jnp.roll(text.tokens, -1, axis=1).reshape(-1)
 
-  def hidden_and_head(out: decoder.Output, params: Any) -> tuple[jax.Array, jax.Array]:
+  def hidden_and_head(out: decoder.Output, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of each device its own tokens, and the vocabulary over `model`: gathered once, not a chunk."""
-    hidden_TD, head_VD = out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(params)
+    hidden_TD = out.hidden_BTD.reshape(len(targets_T), -1)
     if mesh is None:
       return hidden_TD, head_VD
     rows, vocabulary = mesh_lib.rows_spec(mesh, text.num_rows), mesh_lib.vocabulary_spec(mesh, len(head_VD))
@@ -100,11 +100,13 @@ def losses(
   else:
     teacher = jax.lax.stop_gradient(forward(*parent, text, config, mesh))
     out = forward(*child, text, config, mesh, teacher.layers_L)
-    reference, distance = hidden_and_head(teacher, jax.lax.stop_gradient(parent[1])), jnp.sum(out.layers_L)
+    # As the products take it: half as much to gather, and no gradient that would be rounded.
+    head_VD = jax.lax.stop_gradient(decoder.head_weights(parent[1])).astype(teacher.hidden_BTD.dtype)
+    reference, distance = hidden_and_head(teacher, head_VD), jnp.sum(out.layers_L)
   shards = 1 if mesh is None else mesh_lib.row_shards(mesh, text.num_rows)
   mean_T = mask_T / count
   loss, kl_T, nll_T = divergence.weighted_kl_and_nll(
-    hidden_and_head(out, child[1]),
+    hidden_and_head(out, decoder.head_weights(child[1])),
     reference,
     targets_T,
     (config.kl_weight * mean_T, config.lm_weight * mean_T),

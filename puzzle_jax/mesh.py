@@ -107,6 +107,15 @@ def place_layers(mesh: Mesh, tree: Any) -> Any:
   )
 
 
+def shapes_of_layers(mesh: Mesh, tree: Any) -> Any:
+  """Shapes and shardings of what `place_layers` makes of such arrays, to compile for."""
+
+  def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, _spec_of(mesh, path, x.shape)))
+
+  return jax.tree_util.tree_map_with_path(shape, tree)
+
+
 def place(mesh: Mesh, whole: np.ndarray, spec: P) -> jax.Array:
   """An array that every process has, on its devices."""
   return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec), lambda index: whole[index])

@@ -17,7 +17,7 @@ from puzzle_jax import mesh as mesh_lib
 from puzzle_jax import search as search_lib
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.build_library import Builder
-from puzzle_jax.checkpoint import write_checkpoint
+from puzzle_jax.checkpoint import open_checkpoint, write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.data import sampling
 from puzzle_jax.evaluation import quality, suite, tasks
@@ -30,6 +30,7 @@ from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
 from puzzle_jax.store import StageStore, digest, file_digest, read_json
+from puzzle_jax.weights import StoredModel
 
 _T = TypeVar("_T")
 _SAVE_EVERY_S = 10.0  # of what is scored within a layer
@@ -305,14 +306,19 @@ def make_child(run: Run, store: StageStore) -> None:
     )
 
 
+def _read(model: StoredModel) -> tuple[Architecture, dict[str, Any]]:
+  """A model's weights on the host, fp32, each layer read when it is asked for."""
+  layers = (model.layer(i, np.float32) for i in range(model.architecture.num_layers))
+  return model.architecture, {**model.head(np.float32), "layers": layers}
+
+
 def make_gkd(run: Run, store: StageStore) -> None:
-  child = LanguageModel.open(run.store("child").folder("model"))
-  parent = run.parent_model
+  child = open_checkpoint(run.store("child").folder("model"))
   checkpoints = store.root / "checkpoints"
   with run.metrics("gkd") as log:
     params, history = gkd.train(
-      (child.architecture, child.params),
-      (parent.architecture, parent.params),
+      _read(child),
+      _read(run.parent),
       run.packed("gkd"),
       config=run.config.gkd,
       heldout=run.packed("heldout"),
@@ -324,13 +330,12 @@ def make_gkd(run: Run, store: StageStore) -> None:
   store.put_json("history.json", {"steps": history})
 
   def write() -> None:
-    arrays = jax.device_get(params)
     with store.put_folder("model") as folder:
       write_checkpoint(
         folder,
         child.architecture,
-        {k: v for k, v in arrays.items() if k != "layers"},
-        arrays["layers"],
+        {k: v for k, v in params.items() if k != "layers"},
+        params["layers"],
         tokenizer=run.tokenizer,
         metadata={"parent": run.parent.name, "license": run.parent.license},
       )

@@ -12,7 +12,7 @@ of them. Each side runs in a process of its own, one after the other. All are co
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from absl import app, flags
 from experiments.benchmarks import sides
 from puzzle_jax import flops
 from puzzle_jax import space as space_lib
-from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
+from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig, Tensor
 from puzzle_jax.space import LayerSpace
 
 _SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["llama_8b", "llama_70b", "smollm2", "tiny"], "Of the block.")
@@ -55,17 +55,18 @@ def random_input(config: ModelConfig, shape: tuple[int, int]) -> np.ndarray:
   return np.random.default_rng(1).standard_normal((*shape, config.hidden_size), np.float32)
 
 
-def random_weights(config: ModelConfig, space: LayerSpace) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-  """The parent's block by slot, and the variants by name; NumPy, fp32."""
+def draw(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+  """Random weights by name; NumPy, fp32. Norms are 1."""
   noise = np.random.default_rng(0).standard_normal(2**22, np.float32)  # repeated: billions of draws take minutes
+  shapes = {name: t.shape for name, t in tensors.items()}
+  scale = {k: s[-1] ** -0.5 for k, s in shapes.items()}
+  return {k: np.ones(s, np.float32) if k == "norm" else np.resize(scale[k] * noise, s) for k, s in shapes.items()}
 
-  def draw(spec: Any) -> dict[str, np.ndarray]:
-    shapes = {k: t.shape for k, t in spec.tensors(config).items()}
-    scale = {k: s[-1] ** -0.5 for k, s in shapes.items()}
-    return {k: np.ones(s, np.float32) if k == "norm" else np.resize(scale[k] * noise, s) for k, s in shapes.items()}
 
-  parent = {s.slot: draw(s) for s in space.parent.subblocks}
-  return parent, {s.id: draw(s) for s in space.variants if s.tensors(config)}
+def random_weights(config: ModelConfig, space: LayerSpace) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+  """The parent's block by slot, and the variants by name."""
+  variants = {s.id: draw(s.tensors(config)) for s in space.variants if s.tensors(config)}
+  return {s.slot: draw(s.tensors(config)) for s in space.parent.subblocks}, variants
 
 
 def run_jax(attention_target: str) -> dict[str, Any]:

@@ -1,22 +1,24 @@
 """Distillation on several devices of one host against one of them, at the same rows a device.
 
-    python -m experiments.benchmarks.mesh --shapes=llama_8b                                     (two GPUs)
+    XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_latency_hiding_scheduler=true" \\
+      python -m experiments.benchmarks.mesh --shapes=llama_8b                                    (two GPUs)
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.benchmarks.mesh \\
-      --shapes=tiny --dtype=float32 --steps=2 --repeats=1                                       (to try it)
+      --shapes=tiny --dtype=float32 --steps=2 --repeats=1 --record=mesh_tiny.json                (to try it)
 
 BLD: all variants of a layer in one step (`experiments.benchmarks.bld`), batches over the axis `data`. GKD: a child of
 `--layers` such layers against a parent of as many, weights and optimiser cut over `data`, too. `speedup` is the rate in
-tokens/s over one device's. Writes experiments/results/mesh_SHAPES.json.
+tokens/s over one device's; `peak_bytes_so_far` is of the first device since the process began, so it only rises. Writes
+experiments/results/mesh_SHAPES.json, which keeps the stages that are not asked for.
 """
 
-import sys
+import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
@@ -28,16 +30,24 @@ from puzzle_jax import bld, gkd, memory
 from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.activations import Batch, where_of
 from puzzle_jax.arch import Architecture
+from puzzle_jax.costs import jax_timing
 from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.model import decoder
-from puzzle_jax.store import write_json
+from puzzle_jax.store import read_json, write_json
 
 flags.adopt_module_key_flags(blocks)  # --shapes, --dtype, --steps, --repeats
-_LAYERS = flags.DEFINE_integer("layers", 2, "Of parent and child in GKD.")
+_LAYERS = flags.DEFINE_integer("layers", 4, "Of parent and child in GKD.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 0, "In GKD; 0: that of the model that the shapes are of.")
 _STAGES = flags.DEFINE_list("stages", ["bld", "gkd"], "What to time.")
 _RECORD = flags.DEFINE_string("record", "", "The record; empty: experiments/results/mesh_SHAPES.json.")
+_VOCABULARIES = {"llama_8b": 128256, "llama_70b": 128256, "smollm2": 49152, "tiny": 512}
+
+
+def vocabulary() -> int:
+  """Of parent and child in GKD; BLD needs none."""
+  return _VOCABULARY.value or _VOCABULARIES[flags.FLAGS.shapes]
 
 
 def _packed(rows: int, tokens: int, vocabulary: int) -> PackedText:
@@ -68,16 +78,15 @@ def run_bld(mesh: Mesh) -> Callable[[], Any]:
 
 
 def run_gkd(mesh: Mesh) -> Callable[[], Any]:
-  """The same of GKD."""
+  """The same of GKD; no device holds more than its share of the weights."""
   config, space, (rows, tokens) = blocks.layer_space(flags.FLAGS.shapes)
+  config = dataclasses.replace(config, vocab_size=vocabulary())
   model = Architecture(config, (space.parent,) * _LAYERS.value)
   settings = gkd.GKDConfig(steps=1000, warmup_steps=0, dtype=flags.FLAGS.dtype, attention="fast")
-  layer, _ = blocks.random_weights(config, space)
-  table = np.random.default_rng(3).standard_normal((config.vocab_size, config.hidden_size), np.float32)
-  weights = {"embed": table, "head": table, "norm": np.ones(config.hidden_size, np.float32), "layers": []}
-  stacked = decoder.stacked(model, jax.tree.map(jnp.asarray, weights | {"layers": [layer] * _LAYERS.value}))
-  state = [gkd.State.first(jax.tree.map(lambda w: 0.9 * w, stacked), settings).on(mesh)]
-  parent = mesh_lib.shard_state(mesh, stacked)
+  layer = {s.slot: blocks.draw(s.tensors(config)) for s in space.parent.subblocks}
+  weights = blocks.draw(model.head_tensors()) | {"layers": [layer] * _LAYERS.value}
+  parent = mesh_lib.shard_state(mesh, decoder.stacked(model, weights))
+  state = [gkd.State.first(jax.tree.map(lambda w: 0.9 * w, parent), settings, mesh)]
   batch = gkd.on_mesh(mesh, _packed(rows * mesh.size, tokens, config.vocab_size))
 
   def step() -> Any:
@@ -87,8 +96,8 @@ def run_gkd(mesh: Mesh) -> Callable[[], Any]:
   return step
 
 
-def measured(make: Callable[[Mesh], Callable[[], Any]], devices: int) -> dict[str, float]:
-  """Seconds of a step and tokens/s on so many devices."""
+def measured(make: Callable[[Mesh], Callable[[], Any]], devices: int) -> dict[str, Any]:
+  """Seconds of a step and tokens/s on so many devices, and the first one's peak."""
   _, _, (rows, tokens) = blocks.layer_space(flags.FLAGS.shapes)
   step, last = make(mesh_lib.build(MeshConfig(data=devices))), list[Any]()
 
@@ -97,7 +106,29 @@ def measured(make: Callable[[Mesh], Callable[[], Any]], devices: int) -> dict[st
 
   steps, repeats = flags.FLAGS.steps, flags.FLAGS.repeats
   seconds = sides.fastest(keep, lambda: jax.block_until_ready(last), steps=steps, repeats=repeats)
-  return {"devices": devices, "seconds": seconds, "tokens_per_s": devices * rows * tokens / seconds}
+  return {
+    "devices": devices,
+    "seconds": seconds,
+    "tokens_per_s": devices * rows * tokens / seconds,
+    "peak_bytes_so_far": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+  }
+
+
+def described(stage: str) -> dict[str, Any]:
+  """All that decides about a stage's figures."""
+  rows, tokens = blocks.SHAPES[flags.FLAGS.shapes]["batch"]
+  names = ("shapes", "dtype", "steps", "repeats", *(["layers"] if stage == "gkd" else []))
+  given = [f"--{name}={flags.FLAGS[name].value}" for name in names]
+  given += [f"--vocabulary={vocabulary()}"] if stage == "gkd" else []
+  return {
+    "command": f"python -m experiments.benchmarks.mesh --stages={stage} {' '.join(given)}",
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "date": time.strftime("%F"),
+    "hardware": jax_timing.hardware(),
+    "versions": jax_timing.versions(),
+    "rows_per_device": rows,
+    "tokens_per_row": tokens,
+  }
 
 
 def main(argv: list[str]) -> None:
@@ -106,20 +137,14 @@ def main(argv: list[str]) -> None:
   if devices < 2:
     raise PuzzleError(f"there is {devices} device; two or more are compared with one")
   makers = {"bld": run_bld, "gkd": run_gkd}
-  record: dict[str, Any] = {
-    "command": "python -m experiments.benchmarks.mesh " + " ".join(sys.argv[1:]),
-    "date": time.strftime("%F"),
-    **sides.of_device(),
-    "rows_per_device": blocks.SHAPES[flags.FLAGS.shapes]["batch"][0],
-    "tokens_per_row": blocks.SHAPES[flags.FLAGS.shapes]["batch"][1],
-    "dtype": flags.FLAGS.dtype,
-    "layers": _LAYERS.value,
-  }
+  path = Path(_RECORD.value or RESULTS / f"mesh_{flags.FLAGS.shapes}.json")
+  record = read_json(path) if path.exists() else {}
   for name in _STAGES.value:
     one, several = (measured(makers[name], count) for count in (1, devices))
-    record[name] = {"one": one, "several": several, "speedup": several["tokens_per_s"] / one["tokens_per_s"]}
-    print(f"{name}: {record[name]['speedup']:.2f} times the rate of one device on {devices}")
-    write_json(Path(_RECORD.value or RESULTS / f"mesh_{flags.FLAGS.shapes}.json"), record)
+    speedup = several["tokens_per_s"] / one["tokens_per_s"]
+    record[name] = described(name) | {"one": one, "several": several, "speedup": speedup}
+    print(f"{name}: {speedup:.2f} times the rate of one device on {devices}")
+    write_json(path, record)
 
 
 if __name__ == "__main__":

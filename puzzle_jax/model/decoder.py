@@ -6,7 +6,8 @@ equal specs, which `apply` scans over. Scans compile once a run; a loop over lay
 copies each layer's weights out of the stack (measured: 10 against 23 GB/s).
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
@@ -158,13 +159,25 @@ def apply(
   return Output(final_norm(config, params, x).astype(dtype), layers, new_cache if cache is not None else None)
 
 
+def _stack(layers: Iterator[Tree], length: int) -> Tree:
+  """So many layers of equal spec as one tree; of NumPy's arrays one layer at a time lies beside it."""
+  first = next(layers)
+  if any(isinstance(x, jax.Array) for x in jax.tree.leaves(first)):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), first, *itertools.islice(layers, length - 1))
+  run = jax.tree.map(lambda x: np.empty((length, *x.shape), x.dtype), first)
+  for i, layer in enumerate(itertools.chain([first], itertools.islice(layers, length - 1))):
+    for whole, x in zip(jax.tree.leaves(run), jax.tree.leaves(layer), strict=True):
+      whole[i] = x
+  return run
+
+
 def stacked(architecture: Architecture, params: Tree) -> Tree:
-  """`params` with "runs" in place of "layers": the form for training."""
+  """`params` with "runs" in place of "layers": the form for training.
+
+  NumPy's arrays stay on the host; "layers" may be an iterator that reads one layer after the other.
+  """
   layers = iter(params["layers"])
-  runs = []
-  for _, length in architecture.runs():
-    run = [next(layers) for _ in range(length)]
-    runs.append(jax.tree.map(lambda *xs: jnp.stack(xs), *run))
+  runs = [_stack(layers, length) for _, length in architecture.runs()]
   return {k: v for k, v in params.items() if k != "layers"} | {"runs": runs}
 
 
@@ -187,16 +200,16 @@ def empty_cache(architecture: Architecture, *, batch: int, length: int, dtype: A
   return [layer(spec) for spec in architecture.blocks]
 
 
-def init(architecture: Architecture, key: jax.Array) -> Tree:
-  """Random fp32 parameters."""
+def init(architecture: Architecture, key: jax.Array, *, keep: Callable[[Any], Any] = lambda made: made) -> Tree:
+  """Random fp32 parameters; `keep` is done to each layer as it is made, such as `jax.device_get`."""
   c = architecture.config
   keys = jax.random.split(key, 2 * architecture.num_layers + 2)
-  params: Tree = {"norm": jnp.ones(c.hidden_size)}
+  params: Tree = {"norm": keep(jnp.ones(c.hidden_size))}
   for name, k in zip(("embed", "head"), keys[-2:], strict=True):
     if name in architecture.head_tensors():
-      params[name] = jax.random.normal(k, (c.vocab_size, c.hidden_size)) * c.hidden_size**-0.5
+      params[name] = keep(jax.random.normal(k, (c.vocab_size, c.hidden_size)) * c.hidden_size**-0.5)
   params["layers"] = [
-    {s.slot: subblocks.init(s, c, keys[2 * i + j]) for j, s in enumerate(block.subblocks)}
+    keep({s.slot: subblocks.init(s, c, keys[2 * i + j]) for j, s in enumerate(block.subblocks)})
     for i, block in enumerate(architecture.blocks)
   ]
   return params
