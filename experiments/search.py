@@ -47,6 +47,8 @@ _LIMITS = {
   "min_decode_speedup": "The parent's seconds of decoding over the child's.",
   "max_memory_ratio": "Memory over the parent's.",
   "max_params_ratio": "Parameters over the parent's.",
+  "max_kv_ratio": "Bytes of KV cache over the parent's.",
+  "max_first_token_ratio": "Seconds of prefill over the parent's.",
 }
 for _name, _text in _LIMITS.items():
   flags.DEFINE_float(_name, None, _text)

@@ -53,7 +53,6 @@ class Builder:
     self._config = run.parent.architecture.config
     self._heldout_rows = run.packed("heldout")
     self._steps: dict[tuple[tuple[Job, ...], int], list[memory.Step]] = {}
-    self._trained_s = self._waited_s = 0.0
 
   def build(self) -> None:
     """Distils what is missing."""
@@ -94,14 +93,10 @@ class Builder:
           library.put_state(turn.layers[0], turn.index, distillation.state())
         else:
           self._put(turn, distillation)
-        self._trained_s += distillation.trained_s
-        self._waited_s += distillation.waited_s
         bar.update()
-    if self._trained_s:
-      share = self._waited_s / self._trained_s
-      run.progress.say(
-        f"library: {self._trained_s:.0f} s of training; the device waited {share:.1%} of them for batches"
-      )
+    if trained_s := (timing := library.timing)["trained_s"]:
+      share = timing["waited_s"] / trained_s
+      run.progress.say(f"library: {trained_s:.0f} s of training; the device waited {share:.1%} of them for batches")
 
   def _heldout(self, layers: Sequence[int]) -> Callable[[], Iterator[Batch]]:
     inputs = [activations.read(self._run.store("activations"), "heldout", layer) for layer in layers]
@@ -155,23 +150,31 @@ class Builder:
   def _train(self, turn: Turn, distillation: Distillation, *, steps: int, stop: Callable[[], bool]) -> None:
     if not steps or not distillation.trainable:
       return
-    shape, settings = turn.window.shape, self._settings
-    batches = order(shape.shards, steps=steps, seed=(settings.seed, turn.index))
-    jobs = distillation.trainable
-    key = (jobs, len(turn.layers))  # the shapes that a step is compiled for
+    batches = order(turn.window.shape.shards, steps=steps, seed=(self._settings.seed, turn.index))
+    key = (distillation.trainable, len(turn.layers))  # the shapes that a step is compiled for
     if key not in self._steps:
-      plan = distributed.by_first(
-        lambda: memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
-      )
-      self._run.progress.say(f"library: {plan}")
-      self._steps[key] = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
+      self._steps[key] = self._compiled(turn, distillation)
     for step in self._steps[key]:
-      compiled, done = step.compiled_bytes, distillation.steps_done(step.jobs)
+      done = distillation.steps_done(step.jobs)
       distillation.train(step.jobs, turn.window.batches(turn.layers, batches[done:]), step, stop=stop)
-      if compiled is None and step.compiled_bytes is not None:
-        self._run.progress.say(f"library: a step takes {step.compiled_bytes / 2**30:.2f} GiB as compiled")
       if stop():
         break
+
+  def _compiled(self, turn: Turn, distillation: Distillation) -> list[memory.Step]:
+    """The steps of a turn's groups; says what they take on the device before the first one is done."""
+    shape, settings, say = turn.window.shape, self._settings, self._run.progress.say
+    jobs = distillation.trainable
+    plan = distributed.by_first(
+      lambda: memory.Plan.of(distillation.spec, jobs, self._config, settings, rows=shape.rows, tokens=shape.tokens)
+    )
+    say(f"library: {plan}")
+    steps = [memory.Step(distillation.spec, group, self._config, settings) for group in plan.groups]
+    batch = next(turn.window.batches(turn.layers, [0]))
+    for step in steps:
+      distillation.compile(step, batch)
+    if sizes := [step.compiled_bytes for step in steps if step.compiled_bytes is not None]:
+      say(f"library: a step takes {', '.join(f'{size / 2**30:.2f}' for size in sizes)} GiB as compiled")
+    return steps
 
   def _put(self, turn: Turn, distillation: Distillation) -> None:
     for layer, distilled in zip(turn.layers, distillation.finish(), strict=True):

@@ -18,7 +18,7 @@ from puzzle_jax import bld, least_squares, memory, surgery, targets
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import BlockSpec, ModelConfig
 from puzzle_jax.bld import LOSSES, BLDConfig, Job, JobWeights
-from puzzle_jax.mesh import fetch, place_layers
+from puzzle_jax.mesh import fetch, place_layers, shapes_of_layers
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Weights
 
@@ -33,11 +33,14 @@ class Distilled:
     weights: by entry (`Job.entry`), fp32.
     losses: by job: held-out loss at the first weights and after training, in both normalisations.
     curve: by job: the training loss of each step.
+    timing: seconds of training (`trained_s`), those of them that the device waited for batches (`waited_s`); of layers
+      side by side, each has its share.
   """
 
   weights: dict[str, dict[str, np.ndarray]]
   losses: dict[str, dict[str, float]]
   curve: dict[str, list[float]]
+  timing: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def first_weights(
@@ -150,7 +153,7 @@ class Distillation:
     if not within:
       for k in self._at.values():
         k.in_window = np.zeros(2, np.int32)
-    self.waited_s = self.trained_s = 0.0
+    self.trained_s, self.waited_s = (state or {}).get("seconds", np.zeros(2)).tolist()
 
   def _start(self, first: JobWeights) -> dict[str, _Progress]:
     losses = self._evaluate(self._jobs, place_layers(self._mesh, first))
@@ -179,6 +182,13 @@ class Distillation:
   def steps_done(self, group: tuple[Job, ...]) -> int:
     """In this window."""
     return int(self._at[group[0].name].in_window[0])
+
+  def compile(self, step: "memory.Step", batch: Batch) -> None:
+    """Compiles a group's step before anything of the group is on the device; `batch` is one of those to come."""
+    trained = bld.split({job.name: self._at[job.name].weights for job in step.jobs})
+    states = jax.eval_shape(lambda weights: bld.init_states(self._settings, weights), trained)
+    trained, states = shapes_of_layers(self._mesh, (trained, states))
+    step.compile(self._parent, trained, states, batch, self._scale)
 
   def train(
     self, group: tuple[Job, ...], batches: Iterator[Batch], step: "memory.Step", *, stop: Callable[[], bool] = _never
@@ -263,14 +273,16 @@ class Distillation:
         report[job.name] |= {f"{kind}_trained": float(after[kind][g]) for kind in LOSSES}
         if len(k.curve):
           curve[job.name] = k.curve[:, g].tolist()
-      result.append(Distilled(weights, report, curve))
+      timing = {"trained_s": self.trained_s / self._layers, "waited_s": self.waited_s / self._layers}
+      result.append(Distilled(weights, report, curve, timing))
     return result
 
   # What a later window goes on from
 
   def state(self) -> dict[str, np.ndarray]:
     """All that another `Distillation` needs to go on, as named arrays."""
-    return _flat({name: vars(k) for name, k in self._at.items()})
+    seconds = np.array([self.trained_s, self.waited_s])
+    return _flat({name: vars(k) for name, k in self._at.items()}) | {"seconds": seconds}
 
   def _restored(self, state: Mapping[str, np.ndarray]) -> dict[str, _Progress]:
     template = {}

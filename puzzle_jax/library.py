@@ -1,6 +1,7 @@
 """The block library on disk: every layer's trained variants and what each loses (paper section 3).
 
-`layer_07.safetensors` holds the weights as `attention.linear/linear`; `layer_07.json` the losses and training curves.
+`layer_07.safetensors` holds the weights as `attention.linear/linear`; `layer_07.json` the losses and training curves,
+and how long training took.
 
     library = Library.open("RUN/library")
     library.losses(7)["ffn.w768"]["delta_trained"]
@@ -92,7 +93,8 @@ class Library:
       }
     weights_file, report_file = _files(layer)
     self.store.put_arrays(weights_file, arrays)
-    self.store.put_json(report_file, {"variants": variants, "entries": sorted(distilled.weights)})
+    report = {"variants": variants, "entries": sorted(distilled.weights), "timing": distilled.timing}
+    self.store.put_json(report_file, report)
 
   def report(self, layer: int) -> dict[str, Any]:
     """All that is recorded of a layer's variants: `finite`, `losses`, `curve`."""
@@ -105,6 +107,12 @@ class Library:
   def curves(self, layer: int) -> dict[str, list[float]]:
     """Training loss of each step, by variant."""
     return {name: report["curve"] for name, report in self.report(layer).items()}
+
+  @property
+  def timing(self) -> dict[str, float]:
+    """Seconds of training of all layers: `trained_s`, and `waited_s` of them the device waited for batches."""
+    found = [self.store.get_json(_files(layer)[1]).get("timing", {}) for layer in self.layers]
+    return {name: sum(of.get(name, 0.0) for of in found) for name in ("trained_s", "waited_s")}
 
   def usable(self, layer: int) -> set[str]:
     """The variants that may be offered to the search."""

@@ -125,7 +125,7 @@ class Plan:
   def __str__(self) -> str:
     most = max(self.needs, key=lambda n: n.total)
     gib = [f"{size / 2**30:.2f}" for size in (most.total, self.limit, most.parent, most.variants, most.batch)]
-    together = f"in {len(self.groups)} groups" if len(self.groups) > 1 else "together"
+    together = f"in {len(self.groups)} groups, one at a time on the device" if len(self.groups) > 1 else "together"
     return (
       f"{sum(map(len, self.groups))} variants {together}; a step takes about {gib[0]} of {gib[1]} GiB "
       f"(parent {gib[2]}, variants and optimiser {gib[3]}, batch {gib[4]})"
@@ -133,7 +133,10 @@ class Plan:
 
 
 class Step:
-  """`bld.train_step` of one group of jobs, compiled when it is first called and kept for all layers of that shape."""
+  """`bld.train_step` of one group of jobs, compiled once and kept for all layers of that shape.
+
+  `compiled_bytes` is what it takes on a device, once it is compiled; None where the compiler does not say.
+  """
 
   def __init__(self, spec: BlockSpec, jobs: tuple[Job, ...], config: ModelConfig, settings: BLDConfig):
     self.jobs = jobs
@@ -143,17 +146,21 @@ class Step:
 
   @property
   def hlo(self) -> str:
-    """The compiled program's text, once it was called."""
+    """The compiled program's text."""
     return self._compiled.as_text()
+
+  def compile(self, parent: Any, trained: Any, states: Any, batch: Any, scale: Any) -> None:
+    """For such arguments: arrays, or their shapes and shardings. Where it was not called, the first step does it."""
+    step = functools.partial(bld.train_step, *self._static)
+    shardings = jax.tree.map(lambda x: x.sharding, (trained, states, {job.name: scale[0] for job in self.jobs}))
+    jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings)
+    self._compiled = jitted.lower(parent, trained, states, batch, scale).compile()
+    if (found := self._compiled.memory_analysis()) is not None:
+      kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+      self.compiled_bytes = int(kept + found.temp_size_in_bytes)
 
   def __call__(self, parent: Any, trained: Any, states: Any, batch: Any, scale: Any) -> Any:
     """See `bld.train_step`."""
     if self._compiled is None:
-      step = functools.partial(bld.train_step, *self._static)
-      shardings = jax.tree.map(lambda x: x.sharding, (trained, states, {job.name: scale[0] for job in self.jobs}))
-      jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings)
-      self._compiled = jitted.lower(parent, trained, states, batch, scale).compile()
-      if (found := self._compiled.memory_analysis()) is not None:
-        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        self.compiled_bytes = int(kept + found.temp_size_in_bytes)
+      self.compile(parent, trained, states, batch, scale)
     return self._compiled(parent, trained, states, batch, scale)

@@ -161,6 +161,12 @@ def test_library_keeps_weights_losses_and_curves(trained, tmp_path):
   assert library.losses(3) == trained.losses
   assert library.curves(3)["ffn.w8"] == trained.curve["ffn.w8"]
   assert library.usable(3) == {s.id for s in SPACE.variants}
+  assert library.timing == trained.timing
+  assert 0 <= trained.timing["waited_s"] < trained.timing["trained_s"]
+  content = store.content()
+  library.store.put_json("layer_03.json", store.get_json("layer_03.json") | {"timing": {}})
+  assert library.store.content() == content
+  assert library.timing == {"trained_s": 0, "waited_s": 0}
   with pytest.raises(PuzzleError, match=r"layer 3 has no variant 'ffn.w9'; it has attention.gqa1, .*ffn.w8"):
     library.load(3, "ffn.w9")
 
@@ -222,15 +228,21 @@ def test_goes_on_in_a_second_window_as_if_it_were_one(layer, trained):
   def begin(**kwargs: Any) -> Distillation:
     return Distillation(SPACE.parent, layer.config, [layer.weights], ONE_DEVICE, **arguments, **kwargs)
 
-  def run(distillation: Distillation, batches: list[activations.Batch]) -> None:
+  def run(distillation: Distillation, batches: list[activations.Batch], *, ahead: bool = False) -> None:
     group = distillation.trainable
-    distillation.train(group, iter(batches), memory.Step(SPACE.parent, group, layer.config, arguments["settings"]))
+    step = memory.Step(SPACE.parent, group, layer.config, arguments["settings"])
+    if ahead:
+      distillation.compile(step, batches[0])
+      assert step.compiled_bytes
+      step.compile = None  # type: ignore[assignment, method-assign]  # not again
+    distillation.train(group, iter(batches), step)
 
   whole, first = begin(first=[weights]), begin(first=[weights])
   run(whole, train * 2)
-  run(first, train)
+  run(first, train, ahead=True)
   second = begin(state=first.state())
   run(second, train)
+  assert second.trained_s > first.trained_s  # of both windows
   (expected,), (found,) = whole.finish(), second.finish()
   np.testing.assert_equal(found.weights, expected.weights)
   assert (found.losses, found.curve) == (expected.losses, expected.curve)

@@ -87,11 +87,12 @@ def test_names_what_is_wrong(values, message):
 
 
 def test_a_margin_tightens_the_limits_on_time_alone():
-  limits = Limits(min_speedup=1.25, max_token_s=0.02, max_memory_ratio=0.8)
+  limits = Limits(min_speedup=1.25, max_token_s=0.02, max_memory_ratio=0.8, max_kv_ratio=0.5, max_first_token_ratio=0.9)
   searched = SearchConfig(limits=limits, margin=0.05).searched
   assert searched.min_speedup == pytest.approx(1.3125)
   assert searched.max_token_s == pytest.approx(0.02 / 1.05)
-  assert dataclasses.replace(searched, min_speedup=1.25, max_token_s=0.02) == limits
+  assert searched.max_first_token_ratio == pytest.approx(0.9 / 1.05)
+  assert dataclasses.replace(searched, min_speedup=1.25, max_token_s=0.02, max_first_token_ratio=0.9) == limits
   assert SearchConfig(limits=limits).searched == limits
   with pytest.raises(PuzzleError, match=r"search.margin=-0.1"):
     SearchConfig(margin=-0.1)

@@ -21,8 +21,8 @@ from tiny_costs import write_costs
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import memory, metrics, plan, preemption, stages
-from puzzle_jax.arch import BlockSpec
+from puzzle_jax import bld, memory, metrics, plan, preemption, stages, surgery
+from puzzle_jax.arch import BlockSpec, Subblock
 from puzzle_jax.bld import CoupledConfig
 from puzzle_jax.cleaning import clean
 from puzzle_jax.config import RunConfig
@@ -103,6 +103,7 @@ def test_the_child_is_smaller_and_speaks(finished: Run) -> None:
   assert finished.child.chat("Hello", max_new_tokens=4) == finished.summary["samples"][0]["child"]
   assert finished.child.generate("a", max_new_tokens=3)
   assert "ffn.w32" in finished.library.losses(0)
+  assert 0 <= finished.library.timing["waited_s"] < finished.library.timing["trained_s"]
   table = closing_table(finished.summary)
   assert f"{finished.child.architecture.num_params():,}" in table
   assert (finished.workdir.root / "report" / "report.html").stat().st_size > 1e6
@@ -505,9 +506,68 @@ def test_pairs_trained_together_and_searched_again(config: RunConfig, finished: 
       name = f"{subblock.id}@{block}" if weights else subblock.id
       for k, w in found.get(name, {}).items():
         np.testing.assert_array_equal(child.params["layers"][i][subblock.slot][k], w)
+  from_library = [library.losses(i)["gqa1/w32"] for i in range(4)]
+  fresh = dataclasses.replace(config, coupled=dataclasses.replace(pairs, from_library=False))
+  run = puzzle_jax.run(fresh, copy, stages=["coupled"], quiet=True)
+  for i, losses in enumerate(from_library):
+    from_parent = Library(run.store("coupled")).losses(i)["gqa1/w32"]
+    assert from_parent["delta_init"] > losses["delta_init"]
+    assert from_parent["delta_init"] > from_parent["delta_trained"]
+  assert run.solution["score"] <= first["score"]
   alone = dataclasses.replace(config, coupled=CoupledConfig(blocks=("gqa2/w32",)))
   with pytest.raises(puzzle_jax.PuzzleError, match=r"coupled.blocks=\('gqa2/w32',\) names none of the space"):
     puzzle_jax.run(alone, copy, stages=["coupled"], quiet=True)
+
+
+def test_a_variant_that_is_not_finite_never_reaches_the_search(
+  config: RunConfig, finished: Run, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """One of layer 1, from its first weights to the search's table; the others are what they are without it."""
+  initial, made = surgery.initial, 0
+
+  def spoilt(spec: Subblock, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+    nonlocal made
+    weights = initial(spec, *args, **kwargs)
+    made += spec.id == "ffn.w32"
+    return {k: np.full_like(w, np.nan) for k, w in weights.items()} if spec.id == "ffn.w32" and made == 2 else weights
+
+  monkeypatch.setattr(surgery, "initial", spoilt)
+  shutil.rmtree(copy / "library")
+  run = puzzle_jax.run(config, copy, stages=["library", "scores", "search"])
+  assert "library: layer 1 ffn.w32: loss not finite; it is left out of the search" in capsys.readouterr().err
+  assert finished.library.usable(1) - run.library.usable(1) == {"ffn.w32"}
+  blocks = {b.name for b in finished.space.layers[1].blocks if b.ffn.name == "w32"}
+  assert blocks
+  assert set(run.store("scores").get_json("layer_01.json")["left_out"]) == blocks
+  for layer, (scores, expected) in enumerate(zip(run.scores, finished.scores, strict=True)):
+    gone = blocks if layer == 1 else set()
+    assert scores == {name: found for name, found in expected.items() if name not in gone}
+    names, before = ({v.block for v in table.layers[layer]} for table in (run.table, finished.table))
+    assert names == before - gone
+
+
+def test_what_a_step_takes_is_said_before_the_first_one(
+  config: RunConfig, finished: Run, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Of two groups, by arithmetic and as compiled."""
+  architecture, rows = finished.parent.architecture, config.bld.batch_rows
+  jobs = [j for j in bld.decoupled(finished.space.layers[0]) if j.num_params(architecture.config)]
+  together = memory.need(architecture.blocks[0], jobs, architecture.config, config.bld, rows=rows, tokens=32).total
+  narrow = dataclasses.replace(config.bld, memory_gib=0.99 * together / 2**30)
+
+  def compiled(step: memory.Step, *args: Any) -> None:
+    step.compiled_bytes = len(step.jobs) * 2**30
+
+  def dies(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(memory.Step, "compile", compiled)
+  monkeypatch.setattr(memory.Step, "__call__", dies)
+  with pytest.raises(KeyboardInterrupt):
+    puzzle_jax.run(dataclasses.replace(config, bld=narrow), copy, stages=["library"])
+  said = capsys.readouterr().err
+  assert "library: 4 variants in 2 groups, one at a time on the device; a step takes about 0.00 of 0.00 GiB" in said
+  assert "library: a step takes 2.00, 2.00 GiB as compiled" in said
 
 
 def test_scores_taken_in_a_child(finished: Run) -> None:

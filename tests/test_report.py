@@ -279,7 +279,12 @@ def test_closing_table_by_hand() -> None:
     "target": {
       "scenario": {"name": "chat", "input_tokens": 128, "output_tokens": 128},
       "batch": 1,
-      "limits": {"min_decode_speedup": 1.5, "max_memory_bytes": 400 * 2**20},
+      "limits": {
+        "min_decode_speedup": 1.5,
+        "max_memory_bytes": 400 * 2**20,
+        "max_kv_ratio": 0.6,
+        "max_first_token_ratio": 0.9,
+      },
     },
     "models": {"parent": parent, "child": child},
     "before_gkd": {"kl": 0.25, "kl_stderr": 0.02},
@@ -291,6 +296,8 @@ def test_closing_table_by_hand() -> None:
     "scenario: 128 tokens in, 128 out, one request; measured on an abacus",
     "target:   at least 1.5 times the parent's decode speed (met: 1.5)",
     "target:   at most 400 MiB of weights and KV cache",
+    "target:   at most 0.6 of the parent's KV cache per token",
+    "target:   the first token within 0.9 of the parent's time (MISSED: 1)",
     "",
     "                                         parent            child    ratio",
     "parameters                              134.5 M          100.9 M    0.75×",

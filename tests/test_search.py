@@ -70,6 +70,8 @@ UNITS: dict[str, Callable[[dict[str, Any]], Any]] = {  # each limit, from the to
   "min_decode_speedup": lambda t: t["decode"][0] / np.maximum(t["decode"], 1e-9),
   "max_memory_ratio": lambda t: t["memory"] / t["memory"][0],
   "max_params_ratio": lambda t: t["params"] / t["params"][0],
+  "max_kv_ratio": lambda t: t["kv"] / t["kv"][0],
+  "max_first_token_ratio": lambda t: t["prefill"] / t["prefill"][0],
 }
 
 

@@ -93,6 +93,8 @@ def test_every_limit_and_several_solutions(tmp_path, table):
     min_decode_speedup=1.1,
     max_memory_ratio=0.9,
     max_params_ratio=0.8,
+    max_kv_ratio=0.9,
+    max_first_token_ratio=0.9,
   )
   flags = {name: value for name, value in limits.items() if name != "max_memory_bytes"} | {"max_memory_gib": 2.0**-13}
   done = run(

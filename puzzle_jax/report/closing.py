@@ -102,6 +102,8 @@ _LIMITS = {
   "max_params": "at most {} parameters",
   "max_params_ratio": "at most {} of the parent's parameters",
   "max_kv_bytes_per_token": "at most {} of KV cache per token",
+  "max_kv_ratio": "at most {} of the parent's KV cache per token",
+  "max_first_token_ratio": "the first token within {} of the parent's time",
 }
 
 
@@ -131,6 +133,7 @@ def targets(summary: Summary) -> list[Target]:
     "min_throughput": child.get("throughput"),
     "max_runtime_s": None if prefill is None or decode is None else prefill + decode,
     "max_first_token_s": prefill,
+    "max_first_token_ratio": ratio(parent.get("prefill_tokens_per_s"), child.get("prefill_tokens_per_s")),
     "max_token_s": ratio(decode, lookup(summary, "target", "scenario", "output_tokens")),
   }
   found = []

@@ -31,11 +31,14 @@ class Limits:
   min_decode_speedup: float | None = None  # the parent's decode time over the child's
   max_memory_ratio: float | None = None
   max_params_ratio: float | None = None
+  max_kv_ratio: float | None = None  # of max_kv_bytes_per_token
+  max_first_token_ratio: float | None = None  # of max_first_token_s
 
   def tightened(self, margin: float) -> "Limits":
     """The same with every limit on time bettered by a share."""
     faster = dict.fromkeys(("min_throughput", "min_speedup", "min_decode_speedup"), 1 + margin)
-    factors = faster | dict.fromkeys(("max_runtime_s", "max_first_token_s", "max_token_s"), 1 / (1 + margin))
+    sooner = ("max_runtime_s", "max_first_token_s", "max_token_s", "max_first_token_ratio")
+    factors = faster | dict.fromkeys(sooner, 1 / (1 + margin))
     changed = {name: getattr(self, name) * by for name, by in factors.items() if getattr(self, name) is not None}
     return dataclasses.replace(self, **changed)
 
@@ -65,6 +68,8 @@ _BOUNDED: dict[str, tuple[str, Callable[[Scenario, int, Figures], Fraction | int
   "min_decode_speedup": ("decode_s", lambda s, b, p: p.decode_s),
   "max_memory_ratio": ("memory_bytes", lambda s, b, p: p.memory_bytes),
   "max_params_ratio": ("params", lambda s, b, p: p.params),
+  "max_kv_ratio": ("kv_bytes_per_token", lambda s, b, p: p.kv_bytes_per_token),
+  "max_first_token_ratio": ("prefill_s", lambda s, b, p: p.prefill_s),
 }
 _SAME_EVERYWHERE = ("params", "kv_bytes_per_token")  # quantities that do not depend on the scenario
 
