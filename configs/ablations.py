@@ -83,6 +83,7 @@ def _arm(name: str) -> RunConfig:
   length, rows, steps = 512, 32, 250
   config = RunConfig(
     name=f"ablations.py:{name}",
+    device="gpu",
     data=DataConfig(
       source=TEXT,
       seq_len=length,
@@ -95,7 +96,7 @@ def _arm(name: str) -> RunConfig:
     activations=ActivationsConfig(batch_rows=32),
     space=SpaceConfig(ffn=(0.75, 0.5, 0.25, "linear", "none")),
     bld=BLD,
-    scores=ScoresConfig(granularity="subblocks", batch_rows=32),
+    scores=ScoresConfig(granularity="subblocks", batch_rows=32, precision="tensorfloat32"),
     costs=CostsConfig(
       table="experiments/results/costs_smollm2_135m.json",
       hardware="2 cores of AMD EPYC",

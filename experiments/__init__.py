@@ -8,6 +8,6 @@ from puzzle_jax import PuzzleError, environment
 RESULTS = Path(__file__).parent / "results"
 
 try:
-  environment.check()
+  environment.prepare()
 except PuzzleError as e:
   sys.exit(f"error: {e}")

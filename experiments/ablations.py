@@ -103,8 +103,8 @@ class Study:
     return folder
 
   def has(self, arm: str, seed: int) -> bool:
-    """Whether the record does."""
-    return str(seed) in self._record["arms"].get(arm, {}).get("children", {})
+    """Whether the record does; what failed is tried again."""
+    return "error" not in self._record["arms"].get(arm, {}).get("children", {}).get(str(seed), {"error": "not made"})
 
   def make(self, arm: str, seed: int) -> None:
     """A child, into the record; a rule that finds none, or a training that diverges, is a result too."""

@@ -46,7 +46,8 @@ def opened(path: Path, header: dict[str, Any]) -> dict[str, Any]:
   """
   new = json.loads(json.dumps(header))
   record = read_json(path) if path.exists() else new
-  if record["config"] != new["config"]:
+  then, now = (RunConfig.from_dict(each["config"]) for each in (record, new))  # newer fields have their defaults
+  if then != now:
     raise PuzzleError(f"{path} is of another base config; name another --record, or delete it")
   return record
 

@@ -66,12 +66,15 @@ def study() -> None:
   record, first = arms.opened(path, header | {"arms": {}}), None
   missing = [arm for arm in _ARMS.value if arm not in record["arms"]]
   for arm in dict.fromkeys(["base", *missing] if missing else []):  # the others take from the base what they share
-    folder, stages = root / arm, ["data", "costs", "activations", "library", "scores"]
+    folder, stages = root / arm, ["data", "costs", "activations", "library"]
+    stages += ["scores"] if arm in missing else []  # else the others take from it what they share
     config = arms.with_changes(block_library.get_config(arm), base, _CHANGES.value)
     if config.coupled.wanted:
       stages += ["search", "coupled"]
     run = puzzle_jax.run(config, folder, stages=stages, reuse=first)
     first = first or folder
+    if arm not in missing:
+      continue
     variants = found(run)
     record["arms"][arm] = {"changes": block_library.ARMS[arm], "variants": variants, "pairs": pairs(run)}
     print(arm, {k: round(float(np.mean(v["kl"])), 4) for k, v in variants.items()}, flush=True)

@@ -65,7 +65,7 @@ def evaluate(run: Run, children: Children, solution: Solution) -> dict[str, Any]
   params = parent.params | {"layers": [weights for _, weights in children.blocks(solution.blocks)]}
 
   def measure(params: Any) -> dict[str, float]:
-    child = (architecture, decoder.stacked(architecture, params))
+    child = (architecture, jax.device_put(decoder.stacked(architecture, params)))
     return quality.compare(child, teacher, run.packed("eval"), batch_rows=run.config.evaluation.batch_rows)
 
   before = measure(params)

@@ -12,7 +12,9 @@ from typing import Any
 from absl import app, flags
 
 from puzzle_jax import records, search
+from puzzle_jax.data import documents
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.pipeline import STAGES
 from puzzle_jax.records import open_record
 from puzzle_jax.search.table import Table
 from puzzle_jax.store import replacing
@@ -43,8 +45,13 @@ def frontier(table: Table) -> list[dict[str, Any]]:
 def _keep(root: Path) -> None:
   record = open_record(_WORKDIR.value)
   summary = dict(record.summary)
-  config = summary["config"]["name"]
-  summary["command"] = f"python -m experiments.run --config=configs/{config} --workdir=runs/{root.name}"
+  config, made = summary["config"], {stage["name"] for stage in summary["stages"]}
+  source, stages = config["data"]["source"], [stage.name for stage in STAGES if stage.name in made]
+  summary["command"] = f"python -m experiments.run --config=configs/{config['name']} --workdir=runs/{root.name}"
+  if source != documents.STDLIB:
+    summary["command"] += f" --config.data.source={source}"
+  if "evaluation" not in made:
+    summary["command"] += f" --stages={','.join(stages)}"
   summary["frontier"] = summary["frontier"] or frontier(record.table)
   for name, data in {"report/summary.json": summary, "search/table.json": record.table.to_json()}.items():
     with replacing(root / name) as aside:

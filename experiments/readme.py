@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -11,6 +12,7 @@ from typing import Any
 
 from absl import app, flags
 
+from configs import block_library as block_library_config
 from experiments import ablation_table
 from puzzle_jax.arch import LinearAttention, LinearFFN
 from puzzle_jax.serving.engines import ENGINES
@@ -206,10 +208,15 @@ def _side(record: Any, side: str) -> list[str]:
   return [f"{found['tokens_per_s']:,.0f}", f"{times:.2f}×", f"{record['share_of_matmul_rate'][side]:.0%}", peak]
 
 
+def _with_flags(record: Any) -> str:
+  """The command with the environment that it had."""
+  environment = f"XLA_FLAGS={shlex.quote(record['xla_flags'])} " if record["xla_flags"] else ""
+  return environment + record["command"]
+
+
 def _sides_by(record: Any) -> str:
-  environment = f"XLA_FLAGS={record['xla_flags']} " if record["xla_flags"] else ""
   where = {key: record["jax"][key] for key in ("hardware", "versions")}
-  return _run_by(record | where | {"command": environment + record["command"]})
+  return _run_by(record | where | {"command": _with_flags(record)})
 
 
 def bld() -> str:
@@ -234,6 +241,18 @@ def gkd() -> str:
   return f"{_sides_by(record)}\n\n{_table(['', *_SIDE], rows)}"
 
 
+def mesh() -> str:
+  """Distillation on several devices of a host against one of them, at the same rows a device."""
+  record, notes, rows = _record("mesh_llama_8b"), [], []
+  for name, label in {"bld": "block distillation", "gkd": "global distillation"}.items():
+    stage = record[name]
+    notes.append(f"{label.capitalize()}: {_run_by(stage | {'command': _with_flags(stage)})}")
+    rates = [f"{stage[side]['tokens_per_s']:,.0f}" for side in ("one", "several")]
+    rows.append([label, *rates, f"{stage['speedup']:.2f}×"])
+  header = ["Llama-3.1-8B's shapes", "tokens/s on one", "on two", "speed-up"]
+  return "\n".join(notes) + "\n\n" + _table(header, rows)
+
+
 def block_library() -> str:
   """What each choice of the block library's making is worth: the cost in the parent against that of the default."""
   record = _record("block_library")
@@ -242,8 +261,9 @@ def block_library() -> str:
     (name for name in base if not name.endswith(".none")), key=lambda name: statistics.mean(base[name]["kl"])
   )
   rows = []
-  for arm, result in record["arms"].items():
-    if result["pairs"]:
+  for arm in block_library_config.ARMS:
+    result = record["arms"].get(arm)
+    if result is None or result["pairs"]:
       continue
     cells = []
     for name in names:
@@ -305,7 +325,13 @@ def library_variants() -> str:
     [f"`{name}`", cell(v["delta_init"], 1, ".3f"), cell(v["delta_trained"], 1, ".3f"), cell(v["kl"], 1000, ".1f")]
     for name, v in sorted(losses.items(), key=lambda item: statistics.median(item[1]["kl"]))
   ]
-  return _table(["variant", "loss at first", "after training", "KL in the parent, thousandths of a nat"], rows)
+  seconds = {stage["name"]: stage["seconds"] for stage in summary["stages"] if not stage.get("resumed", True)}
+  took = ", ".join(f"{name} {seconds[name]:.0f} s" for name in ("activations", "library", "scores") if name in seconds)
+  version = {"versions": {"jax": summary["stages"][0]["versions"]["jax"]}}
+  heading = f"{_run_by(summary | version)} {took}."
+  return f"{heading}\n\n" + _table(
+    ["variant", "loss at first", "after training", "KL in the parent, thousandths of a nat"], rows
+  )
 
 
 def engine_fidelity() -> str:
@@ -383,6 +409,7 @@ _WRITERS = (
   faults,
   bld,
   gkd,
+  mesh,
   block_library,
   coupled_pairs,
   library_variants,

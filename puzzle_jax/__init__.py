@@ -19,7 +19,7 @@ __all__ = ["PuzzleError", "Run", "open_run", "run"]
 def __getattr__(name: str) -> Any:
   # Lazily: `puzzle_jax.serving` and `puzzle_jax.arch` are to be had without JAX.
   if name in __all__:
-    environment.check()
+    environment.prepare()
   if name in ("Run", "open_run"):
     from puzzle_jax import runs
 

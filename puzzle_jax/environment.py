@@ -1,6 +1,10 @@
-"""Refuses a Python or a JAX that is too old before anything fails in its own words; in syntax that old Pythons read."""
+"""Refuses a Python or a JAX that is too old before anything fails in its own words; in syntax that old Pythons read.
+
+Sets how XLA compiles for GPUs, too, where XLA_FLAGS does not say it.
+"""
 
 import importlib.util
+import os
 import sys
 from importlib import metadata
 
@@ -8,6 +12,15 @@ from puzzle_jax.errors import PuzzleError
 
 PYTHON = (3, 11)
 JAX = (0, 10)
+_TRITON = "--xla_gpu_enable_triton_gemm"  # products by Triton: trying out its tilings takes minutes at every start
+
+
+def prepare() -> None:
+  """What is to be done before JAX first looks for devices."""
+  check()
+  flags = os.environ.get("XLA_FLAGS", "")
+  if _TRITON not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {_TRITON}=false".strip()
 
 
 def check() -> None:

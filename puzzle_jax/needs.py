@@ -148,7 +148,7 @@ def evaluation_bytes(config: RunConfig, parent: Architecture, mesh: MeshConfig) 
   """On each device in the evaluation: parent and child and their two KV caches each, cut over model, rows over data."""
   evaluation, costs, model = config.evaluation, config.costs, parent.config
   tokens = max(costs.batches) * (costs.input_tokens + costs.output_tokens)
-  caches = 4 * tokens * parent.kv_bytes_per_token(bytes_per_value=_FP32)
+  caches = evaluation.timed * 4 * tokens * parent.kv_bytes_per_token(bytes_per_value=_FP32)
   inside = max(
     batch_bytes(parent.blocks[0], parent, math.ceil(evaluation.batch_rows / mesh.data), config.data.seq_len),
     max(evaluation.contexts, default=0) ** 2 * model.num_heads * _FP32,  # attention's scores of one row

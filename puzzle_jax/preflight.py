@@ -31,7 +31,12 @@ def check(run: Run) -> None:
   suite.files(run.config.evaluation)
   for task in run.config.evaluation.tasks:
     tasks.read_items(task, targets=True)
-  tokenizer = run.tokenizer
+  tokenizer, rows = run.tokenizer, run.parent.architecture.config.vocab_size
+  if tokenizer.largest_id >= rows:
+    raise PuzzleError(
+      f"{run.config.parent}: its tokenizer gives ids up to {tokenizer.largest_id}, its embedding has {rows} rows: the "
+      "tokenizer is another model's; put the parent's own tokenizer.json there"
+    )
   if run.config.evaluation.prompts and tokenizer.chat_template is None:
     raise PuzzleError(
       "evaluation.prompts are chat messages, and the parent's tokenizer has no chat template; set "

@@ -63,6 +63,10 @@ class Tokenizer:
     return self.backend.get_vocab_size()
 
   @property
+  def largest_id(self) -> int:
+    return max(self.backend.get_vocab().values())
+
+  @property
   def bos_id(self) -> int | None:
     bos = self.special_tokens.get("bos_token")
     return None if bos is None else self.backend.token_to_id(bos)

@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from absl import flags
 from huggingface_hub import errors
 
@@ -287,6 +289,15 @@ def tokenizer_without_bos(said: Said) -> str:
 
 
 @case
+def tokenizer_of_another_model(said: Said) -> str:
+  path = str(said.parent("mixed") / "tokenizer.json")
+  backend = tokenizers.Tokenizer.from_file(path)
+  backend.add_tokens(["another"])
+  backend.save(path)
+  return said("--config.parent=parents/mixed")
+
+
+@case
 def no_chat_template(said: Said) -> str:
   path = said.parent("base") / "tokenizer_config.json"
   path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
@@ -428,3 +439,17 @@ def test_the_page_shows_what_is_printed(name: str, said: Said, monkeypatch: Patc
 
 def test_the_page_shows_nothing_else() -> None:
   assert documented().keys() == CASES.keys()
+
+
+@pytest.mark.parametrize(
+  "own, flags",
+  [
+    ("", "--xla_gpu_enable_triton_gemm=false"),
+    ("--xla_a=1", "--xla_a=1 --xla_gpu_enable_triton_gemm=false"),
+    ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+  ],
+)
+def test_xla_flags_of_ones_own_win(own, flags, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", own)
+  environment.prepare()
+  assert os.environ["XLA_FLAGS"] == flags

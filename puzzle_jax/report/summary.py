@@ -40,6 +40,7 @@ def summarise(run: Run) -> dict[str, Any]:
       {
         "name": store.root.name,
         "seconds": store.record["timing"]["seconds"],
+        "resumed": store.record["resumed"],  # the seconds are those of the last sitting alone
         "bytes": store.size,
         "versions": store.record["versions"],
       }
