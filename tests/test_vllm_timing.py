@@ -8,13 +8,15 @@ import types
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from puzzle_jax import space
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.serving import engines, vllm_plugin, vllm_process, vllm_timing
+from puzzle_jax.serving import engines, vllm_plugin, vllm_process, vllm_timing, vllm_worker
 from puzzle_jax.serving.vllm_process import VLLM
 from puzzle_jax.serving.vllm_timing import Plan, TimingConfig
 
@@ -220,3 +222,22 @@ def test_settings():
   found = ENGINE.settings(Path("model"), max_length=100, batches=(3, 600), dummy=True)
   assert found["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 600]
   assert found["model"] == os.path.abspath("model")
+
+
+def test_8_bit_dummies_are_not_zeros(monkeypatch):
+  """Of uniform numbers up to a thousandth, 8-bit floats keep few above 0."""
+  small = np.random.default_rng(0).uniform(-1e-3, 1e-3, 10_000).astype(ml_dtypes.float8_e4m3fn)
+  assert np.mean(small.astype(np.float32) == 0) > 0.9
+  ranges = []
+  loader = types.ModuleType("vllm.model_executor.model_loader")
+  loader.weight_utils = types.SimpleNamespace(
+    initialize_single_dummy_weight=lambda param, low=-1e-3, high=1e-3: ranges.append((low, high))
+  )
+  for name in ("vllm", "vllm.model_executor"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+  monkeypatch.setitem(sys.modules, loader.__name__, loader)
+  vllm_worker._fill_8_bits()
+  for size in (1, 2):
+    param = types.SimpleNamespace(is_floating_point=lambda: True, element_size=lambda size=size: size)
+    loader.weight_utils.initialize_single_dummy_weight(param)
+  assert ranges == [(-1.0, 1.0), (-1e-3, 1e-3)]
