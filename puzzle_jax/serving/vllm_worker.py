@@ -57,6 +57,7 @@ class Engine:
     params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     self._llm.sleep(level=0)
     self._llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    assert self._llm.llm_engine.is_sleeping()  # answered behind the requests, which are hashed on their way
     begin = time.perf_counter()
     self._llm.wake_up(["scheduling"])
     outputs = self._llm.wait_for_completion(use_tqdm=False)

@@ -51,6 +51,7 @@ class LLM:
     cache = types.SimpleNamespace(kv_cache_size_tokens=TABLE["kv_cache_tokens"])
     scheduler = types.SimpleNamespace(max_num_batched_tokens=64)
     self.llm_engine = types.SimpleNamespace(
+      is_sleeping=lambda: self.asleep,
       engine_core=types.SimpleNamespace(shutdown=lambda: None),
       vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler),
     )
