@@ -17,6 +17,8 @@ FOR_THIS_REPOSITORY = {
   "arms",
   "block_library",
   "compare",
+  "flagship",
+  "flagship_tables",
   "golden",
   "interactions",
   "keep_record",

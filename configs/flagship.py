@@ -13,6 +13,12 @@ Everything before the search is made once for the four:
     python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship \
       --config.data.source=parent,TEXT.jsonl.gz --config.evaluation.texts='("OTHER.txt.gz",)' \
       --config.evaluation.tasks='("arc_easy.jsonl.gz", "lambada.jsonl.gz", "zorro.jsonl.gz")'
+
+Then each child is served, and all becomes a record (experiments/flagship.py):
+
+    python -m experiments.serve_compare --engine=vllm --child=runs/flagship/min_speedup=2.17 \
+      --out=served/min_speedup=2.17 --scenarios=2048/2048,2048/128,128/1024 --batches=256
+    python -m experiments.flagship --workdir=runs/flagship --served=served
 """
 
 import ml_collections

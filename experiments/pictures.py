@@ -5,16 +5,22 @@ Needs playwright and Chromium (`pip install -e '.[dev]'`, and the system's packa
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from absl import app
 from playwright.sync_api import sync_playwright
+from plotly.subplots import make_subplots
 
+from experiments import RESULTS, flagship_tables
 from puzzle_jax import search
 from puzzle_jax.records import open_record
 from puzzle_jax.report import children, library, plots
+from puzzle_jax.report.closing import lookup
 from puzzle_jax.search import baselines
+from puzzle_jax.store import read_json
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 _WIDTH = 900
@@ -24,20 +30,64 @@ _SPEEDS = tuple(1 + 0.05 * i for i in range(25))
 
 def pictures() -> dict[str, go.Figure]:
   """By name: every block's score, the frontier with greedy's and uniform's children, the optimal child's strip; what
-  each variant of the library loses, by layer, and what its first weights and its training were worth."""
+  each variant of the library loses, by layer, and what its first weights and its training were worth; once there is a
+  record of them, the flagship's children."""
   record = open_record()
   table, summary = record.table, record.summary
   limits = search.Limits(min_speedup=_SPEEDUP)
   (child,) = search.solve(table, limits)
   own = [layer[j].block for layer, j in zip(table.layers, table.parent, strict=True)]
-  figures = {
+  figures: dict[str, go.Figure | None] = {
     "heat_map": plots.heat_map(summary),
     "frontier": children.position(search.frontier(table, "min_speedup", _SPEEDS), baselines.compare(table, limits)),
     "strip": children.strip(own, child.blocks),
     "library_losses": library.losses_by_layer(summary),
     "library_worth": library.worth(summary),
   }
+  if (path := RESULTS / "flagship.json").is_file():
+    figures |= flagship(read_json(path))
   return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def flagship(record: dict[str, Any]) -> dict[str, go.Figure | None]:
+  """The strip of each child, and quality against measured speed: accuracy preserved, and KL, with 95 % intervals."""
+  found = [(child, x) for child in record["children"] if (x := flagship_tables.speedup(record, child)) is not None]
+  means = [(c, x, mean) for c, x in found if lookup(mean := lookup(c, "tasks", "mean"), "ratio") is not None]
+  kls = [(child, x, after) for child, x in found if (after := lookup(child, "heldout", "after_gkd"))]
+  figure = make_subplots(1, 2, horizontal_spacing=0.12)
+  ends = [[mean["ratio"] if mean[end] is None else mean[end] for end in ("ratio", "low", "high")] for *_, mean in means]
+  _curve(figure, means, [(100.0, 100.0, 100.0), *([100 * value for value in three] for three in ends)], column=1)
+  nats = [[after["kl"] + sign * 1.96 * after["kl_stderr"] for sign in (0, -1, 1)] for *_, after in kls]
+  _curve(figure, kls, [(0.0, 0.0, 0.0), *nats], column=2)
+  star = {"marker": {"symbol": "star", "size": 12, "color": plots.FFN}, "text": ["the paper's 51B"]}
+  figure.add_scatter(x=[2.17], y=[98.4], mode="markers+text", textposition="top center", row=1, col=1, **star)
+  plots._style(figure, height=360, x=f"times the parent's throughput, {record['scenario']} tokens", y="")
+  figure.update_xaxes(range=[0.9, max([2.17, *(x for _, x in found)]) + 0.25])
+  figure.update_yaxes(title="% of the parent's accuracy", row=1, col=1)
+  figure.update_yaxes(title="KL on held-out text, nats a token", row=1, col=2).update_layout(showlegend=False)
+  strips = {
+    f"flagship_{child['target']:g}": children.strip(record["parent"]["blocks"], child["blocks"])
+    for child in record["children"]
+  }
+  return strips | {"flagship_frontier": figure if means or kls else None}
+
+
+def _curve(
+  figure: go.Figure,
+  points: Sequence[tuple[dict[str, Any], float, Any]],
+  values: Sequence[Sequence[float]],
+  *,
+  column: int,
+) -> None:
+  """From the parent through the children; each value with the ends of its interval."""
+  bars: dict[str, Any] = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 5}
+  bars |= {"array": [high - y for y, _, high in values], "arrayminus": [y - low for y, low, _ in values]}
+  x, text = [1.0, *(x for _, x, _ in points)], ["parent", *(flagship_tables.name(child) for child, *_ in points)]
+  place = "top right" if column == 1 else "bottom right"  # beside the line
+  look = {"marker": {"color": plots.ATTENTION, "size": 9}, "mode": "lines+markers+text"}
+  figure.add_scatter(
+    x=x, y=[y for y, *_ in values], text=text, textposition=place, error_y=bars, **look, row=1, col=column
+  )
 
 
 def main(argv: list[str]) -> None:

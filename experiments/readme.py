@@ -1,5 +1,6 @@
 """Writes the measured tables of README and docs from experiments/results/: python -m experiments.readme [--check]."""
 
+import functools
 import json
 import math
 import re
@@ -7,13 +8,14 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from configs import block_library as block_library_config
-from experiments import ablation_table
+from experiments import ablation_table, flagship_tables
 from puzzle_jax.arch import LinearAttention, LinearFFN
 from puzzle_jax.serving.engines import ENGINES
 
@@ -381,6 +383,34 @@ def ablations() -> str:
   return f"{heading}\n\n{_table(*ablation_table.rows(record))}"
 
 
+def flagship() -> str:
+  """The flagship's children: speed and quality."""
+  record = _record("flagship")
+  return f"{flagship_tables.where(record)}\n\n{_table(*flagship_tables.children(record))}"
+
+
+def _of_flagship(rows: Callable[[Any], tuple[list[str], list[list[str]]]]) -> str:
+  return _table(*rows(_record("flagship")))
+
+
+def flagship_shipped() -> str:
+  """The best child's exported weights on a CPU, in three readers, against what the run measured."""
+  record = _record("flagship_shipped")
+  rows = [
+    [f"perplexity in {reader}", f"{value:.4f}", f"{value / record['perplexity']['JAX, fp32'] - 1:+.2%}"]
+    for reader, value in record["perplexity"].items()
+  ]
+  if again := record["as_evaluated"]:
+    for key, label in {"perplexity": "perplexity", "kl": "KL"}.items():
+      found, measured = (again[side][key] for side in ("shipped", "measured"))
+      label = f"{label} as the run evaluates, {again['tokens']:,.0f} tokens; it found {measured:.4f}"
+      rows.append([label, f"{found:.4f}", f"{found / measured - 1:+.2%}"])
+  rows.append(["tokens of the text that llama.cpp cuts otherwise", str(record["token_ids_that_differ"]), ""])
+  heading = f"{_run_by(record)} Transformers {record['versions']['transformers']}, llama-cpp-python "
+  heading += f"{record['versions']['llama-cpp-python']}; {record['tokens']:,} tokens of {record['text']['name']}."
+  return f"{heading}\n\n{_table(['', 'found', 'difference'], rows)}"
+
+
 def decode() -> str:
   """The built-in PyTorch engine's decode step, against reading the memory and against vLLM's."""
   record = _record("decode_llama_8b")
@@ -416,9 +446,13 @@ _WRITERS = (
   engine_fidelity,
   vllm_costs,
   ablations,
+  flagship,
+  flagship_shipped,
   decode,
 )
-TABLES = {f.__name__: f for f in _WRITERS}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in _WRITERS}
+for _rows in (getattr(flagship_tables, name) for name in ("served", "quality", "tasks", "spent", "blocks", "chat")):
+  TABLES[f"flagship_{_rows.__name__}"] = functools.partial(_of_flagship, _rows)
 
 
 def updated(text: str) -> str:

@@ -28,13 +28,13 @@ def byte_tokenizer() -> Tokenizer:
   return Tokenizer(backend, {"eos_token": end}, template, frozenset([0]))
 
 
-def write(folder: Path, *, seed: int = 0) -> None:
-  """Four layers, hidden size 32; the blocks differ in scale, so that some matter more than others."""
+def write(folder: Path, *, layers: int = 4, seed: int = 0) -> None:
+  """Layers of hidden size 32; the blocks differ in scale, so that some matter more than others."""
   tokenizer = byte_tokenizer()
   config = ModelConfig(
     vocab_size=tokenizer.vocab_size, hidden_size=32, num_heads=4, head_dim=8, max_context=256, tie_embeddings=True
   )
-  architecture = Architecture(config, (BlockSpec.parse("gqa2/w64"),) * 4)
+  architecture = Architecture(config, (BlockSpec.parse("gqa2/w64"),) * layers)
   params = jax.device_get(decoder.init(architecture, jax.random.key(seed)))
   for i, layer in enumerate(params["layers"]):
     for subblock in layer.values():

@@ -1,6 +1,9 @@
 """The study of configs/ablations.py at a tiny size: arms from the base's stages, goes on by its record; its table."""
 
+import dataclasses
+import importlib
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,25 @@ from tiny_costs import write_costs
 import puzzle_jax
 from configs import ablations as config_file
 from configs import flagship
-from experiments import ablation_table, ablations, arms, paired, readme, tiny_parent
+from experiments import ablation_table, ablations, arms, paired, pictures, readme, tiny_parent
+from puzzle_jax.arch import Architecture
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.runs import Run
+from puzzle_jax.serving.served import Figures, Served, kv_bytes_per_token
+from puzzle_jax.store import write_json
 
-for flag in flags.FLAGS.get_key_flags_for_module(ablations):  # other commands have flags of the same names
-  delattr(flags.FLAGS, flag.name)
+
+def without_flags(module: types.ModuleType) -> types.ModuleType:
+  """Other commands have flags of the same names."""
+  for flag in flags.FLAGS.get_key_flags_for_module(module):
+    delattr(flags.FLAGS, flag.name)
+  return module
+
+
+without_flags(ablations)
+flagship_record = without_flags(importlib.import_module("experiments.flagship"))
 
 TINY: dict[str, dict[str, Any]] = {
   "space": {"attention": ("none",), "ffn": (0.5, "none"), "ffn_multiple": 8},
@@ -179,23 +194,106 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
   assert hits <= 8  # 3 expected
 
 
-def test_the_flagship_at_a_tiny_size(parent, tmp_path):
-  """Up to the child's architecture, with a made-up cost table: one that vLLM runs, of both sources' text."""
-  (tmp_path / "text.jsonl").write_text(
+def flagship_config(parent: Path, folder: Path, speedup: float) -> RunConfig:
+  """The flagship's at a tiny size: of both sources' text, with a task, another text and a made-up cost table."""
+  (folder / "text.jsonl").write_text(
     "".join(json.dumps({"text": f"{i}: the quick brown fox number {i} jumps over it"}) + "\n" for i in range(200))
   )
+  (folder / "other.txt").write_text("The sea is wide and blue. " * 40)
+  (folder / "sea.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 6)
   values = flagship.get_config()
-  values.bld.fit_tokens, values.data.heldout_fraction = 256, 0.5
-  values.data.sampling.update({"max_tokens": 96, "batch_rows": 4, "dtype": "float32"})
-  values.search.frontier = ()
-  values.evaluation.contexts = ()
+  values.bld.fit_tokens, values.data.heldout_fraction, values.gkd.eval_steps = 256, 0.5, 0
+  values.data.sampling.update({"kinds": ("start",), "max_tokens": 96, "batch_rows": 4, "dtype": "float32"})
+  values.search.limits.min_speedup, values.search.frontier, values.search.scenario = speedup, (), "32/32"
+  values.evaluation.update(
+    {
+      "prompts": (),  # tests/test_pipeline.py asks the models
+      "contexts": (32,),
+      "texts": (str(folder / "other.txt"),),
+      "tasks": (str(folder / "sea.jsonl"),),
+    }
+  )
   values.costs.input_tokens = values.costs.output_tokens = 32
-  values.search.scenario = "32/32"
-  shrink(values, parent, tmp_path, source=f"parent,{tmp_path / 'text.jsonl'}")
-  config = RunConfig.from_dict(values.to_dict())
-  run = puzzle_jax.run(config, tmp_path / "run", stages=ablations.SHARED, quiet=True)
+  shrink(values, parent, folder, source=f"parent,{folder / 'text.jsonl'}")
+  return RunConfig.from_dict(values.to_dict())
+
+
+def write_served(path: Path, run: Run, *, seconds: float) -> None:
+  """As `experiments.serve_compare` does, made up: the child takes so many times the parent's seconds."""
+
+  def model(architecture: Architecture, seconds: float) -> dict[str, Any]:
+    figures = Figures(64 / seconds, 32 / seconds, 0.1 * seconds, 0.9 * seconds / 31)
+    engine = {"name": "vLLM", "version": "0.25.1", "hardware": "1 x Fake GPU"}
+    found = Served(1000, kv_bytes_per_token(architecture, 1), 4096, {"32/32": 64}, {"32/32": {"1": figures}}, engine)
+    return dataclasses.asdict(found)
+
+  parent, child = run.parent.architecture, run.child.architecture
+  write_json(path, {"date": "2100-01-01", "parent": model(parent, 1.0), "child": model(child, seconds)})
+
+
+def test_the_flagship_at_a_tiny_size(tmp_path, monkeypatch):
+  """Two children that vLLM runs, from the parent to the record: one whole, one neither served nor evaluated yet."""
+  parent, runs = tmp_path / "parent", tmp_path / "runs"
+  tiny_parent.write(parent, layers=2)
+  whole, bare = (runs / f"min_speedup={speedup}" for speedup in ("1.5", "1.25"))
+  run = puzzle_jax.run(flagship_config(parent, tmp_path, 1.5), whole, quiet=True)
   assert not any("linear" in block for block in run.solution["blocks"])
   assert run.solution["blocks"][0].startswith("gqa")
-  record = run.store("data").get_json("data.json")
-  assert [source["rows"]["gkd"] for source in record["sources"]] == [6, 2]  # of eight, 4 to 1
-  assert [source["rows"]["eval"] for source in record["sources"]] == [8, 8]
+  data = run.store("data").get_json("data.json")
+  assert [source["rows"]["gkd"] for source in data["sources"]] == [6, 2]  # of eight, 4 to 1
+  assert [source["rows"]["eval"] for source in data["sources"]] == [8, 8]
+  config = flagship_config(parent, tmp_path, 1.25)
+  puzzle_jax.run(config, bare, stages=ablations.SHARED, reuse=whole, quiet=True)
+  write_served(tmp_path / "served" / whole.name / "served.json", run, seconds=0.625)
+
+  record = flagship_record.collect(runs, tmp_path / "served")
+  assert str(tmp_path) not in json.dumps(record)
+  slow, fast = record["children"]
+  assert [child["target"] for child in (slow, fast)] == [1.25, 1.5]
+  assert not slow.keys() & {"served", "heldout", "tasks", "texts", "samples"}
+  assert slow["speed"]["32/32"]["1"]["predicted_speedup"] >= 1.25 * 1.03
+  assert fast["blocks"] == list(run.solution["blocks"])
+  speed = fast["speed"]["32/32"]["1"]
+  assert speed["speedup"] == pytest.approx(1.6)
+  assert speed["predicted"]["child"]["throughput"] == pytest.approx(run.solution["throughput"], rel=1e-6)
+  assert speed["predicted"]["child"]["output_throughput"] == pytest.approx(run.solution["throughput"] / 2, rel=1e-6)
+  evaluation = run.store("evaluation").get_json("evaluation.json")
+  assert fast["heldout"]["before_gkd"]["kl"] == evaluation["before_gkd"]["kl"]
+  assert fast["heldout"]["after_gkd"]["kl"] == evaluation["after_gkd"]["kl"]
+  assert [text["text"] for text in fast["texts"]] == ["parent", "text.jsonl", "other.txt"]
+  assert fast["tasks"]["tasks"]["sea"]["items"] == 6
+  written = sum(source["rows"][name] for source in data["sources"][:1] for name in source["rows"]) * 32
+  assert fast["tokens"] == {
+    "written": written,
+    "bld": 128,
+    "bld_different": 128,
+    "gkd": 256,
+    "gkd_different": 256,
+    "share": 384 / 2e12,
+  }
+  assert fast["stages"]["library"] == slow["stages"]["library"]  # made once
+  assert "--config.search.limits.min_speedup=1.5 " in fast["command"]
+  assert "--config.data.source=parent,text.jsonl " in fast["command"]
+
+  fast["samples"] = [{"prompt": "How many?", "parent": "a|b <i>", "child": "1\n\n2"}]
+  monkeypatch.setattr(readme, "_record", lambda name: record)
+  names = ["flagship", *(name for name in readme.TABLES if name.startswith("flagship_") and "shipped" not in name)]
+  page = readme.updated("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
+  assert page.count("<!-- end -->") == len(names) == 7
+  for line in (
+    "measured in vLLM 0.25.1 on 1 x Fake GPU: 32/32 tokens, batch 1; the parent, measured anew",
+    "| 1.5× |",
+    "| 1.60× |",
+    "| 1.600× |",
+    "| 128 (128 different) |",
+    "| **How many?** |  |\n| parent | a\\|b &lt;i&gt; |\n| 1.5× | 1<br>2 |",
+  ):
+    assert line in page
+  assert "| `other.txt` | 32 |" in page
+  assert set(pictures.flagship(record)) == {"flagship_1.25", "flagship_1.5", "flagship_frontier"}
+
+  write_served(tmp_path / "served" / bare.name / "served.json", run, seconds=0.8)  # another's
+  with pytest.raises(PuzzleError, match=r"min_speedup=1.25: what was served has another KV cache"):
+    flagship_record.collect(runs, tmp_path / "served")
+  with pytest.raises(PuzzleError, match="holds no run that has a child"):
+    flagship_record.collect(tmp_path, tmp_path / "served")

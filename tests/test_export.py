@@ -1,10 +1,12 @@
 """`experiments.export` and which child it takes."""
 
+import filecmp
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from children import LLAMACPP, byte_tokenizer, random_child
 
@@ -46,7 +48,10 @@ def test_which_child(workdir, tmp_path):
   before = Child(workdir / "child" / "model", workdir, before_gkd=True)
   assert find_child(workdir / "child") == find_child(str(workdir / "child" / "model")) == before
   assert find_child(tmp_path / "source") == Child(tmp_path / "source")
-  with pytest.raises(PuzzleError, match=r"holds no child \(architecture.json\); name a finished run's work directory"):
+  with pytest.raises(
+    PuzzleError,
+    match=r"holds no child \(architecture.json, or an export.s config.json\); name a finished run's work directory",
+  ):
     find_child(tmp_path)
   manifest = workdir / "gkd" / "manifest.json"
   manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"done": False}))
@@ -73,6 +78,22 @@ def test_the_runs_figures_are_on_the_card(workdir, tmp_path):
   card = (tmp_path / "before" / "README.md").read_text()
   assert "| perplexity | 20.00 | 31.00 |" in card
   assert "decode (" not in card
+
+
+def test_an_export_is_a_child_again(workdir, tmp_path):
+  """Copied to where nothing else of the run is."""
+  export(workdir, tmp_path / "hf", dtype="float32", engine="transformers")
+  assert find_child(tmp_path / "hf") == Child(tmp_path / "hf")
+  for name, child in {"of_the_run": workdir, "of_the_export": tmp_path / "hf"}.items():
+    export(child, tmp_path / f"{name}.gguf", engine="llama_cpp")
+  ours, theirs = (open_parent(str(tmp_path / f"{name}.gguf")) for name in ("of_the_run", "of_the_export"))
+  assert (ours.architecture, ours.license) == (theirs.architecture, theirs.license)
+  for name in ours.weights.shapes:
+    np.testing.assert_array_equal(ours.weights.read(name), theirs.weights.read(name))
+  assert ours.weights.tokenizer_metadata() == theirs.weights.tokenizer_metadata()
+  export(tmp_path / "hf", tmp_path / "again", dtype="float32", engine="transformers")
+  same = ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+  assert filecmp.cmpfiles(tmp_path / "hf", tmp_path / "again", same, shallow=False)[0] == same
 
 
 def test_a_gguf_parents_tokenizer_is_taken_from_it(workdir, tmp_path):

@@ -1,5 +1,6 @@
 """One model file in several engines, all given the same token ids: logits and perplexity."""
 
+import functools
 import gzip
 import importlib.metadata
 import time
@@ -38,6 +39,17 @@ def transformers_logits(gguf: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
       yield model(torch.from_numpy(row)[None]).logits[0].numpy()
 
 
+def folder_logits(folder: Path, rows: np.ndarray, *, dtype: str) -> Iterator[np.ndarray]:
+  """Of an export's directory in Transformers, by the modelling files that travel with it."""
+  import torch
+  from transformers import AutoModelForCausalLM
+
+  model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype)).eval()
+  with torch.inference_mode():
+    for row in rows:
+      yield model(torch.from_numpy(row)[None]).logits[0].float().numpy()
+
+
 def llama(gguf: Path, **settings: Any) -> Any:
   """llama.cpp with a model."""
   import llama_cpp
@@ -54,7 +66,9 @@ def llamacpp_logits(gguf: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
     yield model.scores
 
 
-ENGINES = {"jax": jax_logits, "transformers": transformers_logits, "llamacpp": llamacpp_logits}
+ENGINES = {"jax": jax_logits, "transformers": transformers_logits, "llamacpp": llamacpp_logits} | {
+  f"transformers_{dtype}": functools.partial(folder_logits, dtype=dtype) for dtype in ("float32", "bfloat16")
+}
 
 
 class Reading(NamedTuple):

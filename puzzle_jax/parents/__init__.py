@@ -79,6 +79,18 @@ def open_parent(source: str) -> Parent:
   )
 
 
+def open_model(folder: Path) -> checkpoint.Checkpoint:
+  """The model of a directory to export: a child's own, or one in Hugging Face's format, as an export is.
+
+  Raises:
+    PuzzleError: as `open_parent`.
+  """
+  if (folder / checkpoint.ARCHITECTURE).is_file():
+    return checkpoint.open_checkpoint(folder)
+  found = open_parent(str(folder))
+  return checkpoint.Checkpoint(found.architecture, found.weights, found.location, metadata={"license": found.license})
+
+
 def _open_folder(folder: Path, name: str) -> Parent:
   if (folder / checkpoint.ARCHITECTURE).is_file():
     child = checkpoint.open_checkpoint(folder)

@@ -43,6 +43,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "resumed": store.record["resumed"],  # the seconds are those of the last sitting alone
         "bytes": store.size,
         "versions": store.record["versions"],
+        "hardware": store.record.get("hardware"),
       }
       for store in stages
     ],

@@ -19,7 +19,7 @@ class Child:
   """A child to export.
 
   Attributes:
-    folder: architecture.json, safetensors, tokenizer.
+    folder: `parents.open_model` takes it.
     workdir: of the run that it is of; None where it stands alone.
     before_gkd: whether it is the run's child as put together, before global distillation.
   """
@@ -30,7 +30,7 @@ class Child:
 
 
 def find_child(path: str | os.PathLike[str]) -> Child:
-  """The child of a work directory (the distilled one), of a run's folder `gkd` or `child`, or of any folder.
+  """The child of a work directory (the distilled one), of a run's folder `gkd` or `child`, of any folder, or an export.
 
   Raises:
     PuzzleError: there is none, it is not finished, or a file is not what the run wrote.
@@ -38,11 +38,12 @@ def find_child(path: str | os.PathLike[str]) -> Child:
   given = Path(path)
   folder = given
   for below in ("gkd/model", "model"):
-    if not (folder / checkpoint.ARCHITECTURE).is_file() and (given / below).is_dir():
+    if not _is_model(folder) and (given / below).is_dir():
       folder = given / below
-  if not (folder / checkpoint.ARCHITECTURE).is_file():
+  if not _is_model(folder):
     raise PuzzleError(
-      f"{given} holds no child ({checkpoint.ARCHITECTURE}); name a finished run's work directory or a child's directory"
+      f"{given} holds no child ({checkpoint.ARCHITECTURE}, or an export's config.json); name a finished run's work "
+      "directory or a child's directory"
     )
   stage = folder.resolve().parent
   if stage.name not in ("gkd", "child") or not (stage.parent / "config.json").is_file():
@@ -53,6 +54,12 @@ def find_child(path: str | os.PathLike[str]) -> Child:
   for name in store.names:
     store.path(name)
   return Child(folder, stage.parent, before_gkd=stage.name == "child")
+
+
+def _is_model(folder: Path) -> bool:
+  """A child's directory or one in Hugging Face's format; a run has a config.json, too."""
+  config = folder / "config.json"
+  return (folder / checkpoint.ARCHITECTURE).is_file() or (config.is_file() and "model_type" in read_json(config))
 
 
 def export(

@@ -18,10 +18,10 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from puzzle_jax import checkpoint, store
+from puzzle_jax import store
 from puzzle_jax.arch import GQA, Architecture, NoAttention, SwiGLU
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import gguf_layout
+from puzzle_jax.parents import gguf_layout, open_model
 from puzzle_jax.parents.gguf import GGUFFile
 from puzzle_jax.parents.gguf_layout import gguf_name
 from puzzle_jax.serving import engines, gguf_tokenizer
@@ -41,7 +41,7 @@ TYPES = tuple(_FILE_TYPES)
 def export_gguf(
   child: Path, out: Path, *, dtype: str = "F16", engine: str = "", parent: GGUFFile | None = None
 ) -> None:
-  """Writes the child of a directory that `checkpoint.write_checkpoint` made.
+  """Writes the child of a directory that `parents.open_model` takes.
 
   FFNs are padded with zeros to whole blocks of the quantised types; the outputs stay equal.
 
@@ -61,12 +61,10 @@ def export_gguf(
     raise PuzzleError(f"GGUF type {dtype!r} is not supported; choose one of {', '.join(TYPES)}")
   if out.exists():
     raise PuzzleError(f"{out} exists; name a new file for the export")
-  reader = engines.by_name(engine or "llama_cpp")
-  exported = padded_architecture(
-    checkpoint.open_checkpoint(child).architecture, ffn_multiple=reader.ffn_multiple, untie=not reader.tied_embeddings
-  )
+  reader, model = engines.by_name(engine or "llama_cpp"), open_model(child)
+  exported = padded_architecture(model.architecture, ffn_multiple=reader.ffn_multiple, untie=not reader.tied_embeddings)
   engines.check_export(engine or "llama_cpp", exported, format="gguf", dtype=dtype)
-  model = checkpoint.read_checkpoint(child)
+  model.validate()
   tokenizer = gguf_tokenizer.copied(parent) if parent else gguf_tokenizer.derived(child, exported.config.vocab_size)
   types = {name: _type(name, shape, exported, dtype) for name, shape in _shapes(exported)}
   with store.replacing(out) as aside:

@@ -17,6 +17,7 @@ from puzzle_jax import checkpoint, store, weights
 from puzzle_jax.arch import GQA, Architecture, BlockSpec, LinearAttention, LinearFFN, NoAttention, NoFFN, SwiGLU
 from puzzle_jax.checkpoint import Checkpoint
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.parents import open_model
 from puzzle_jax.parents.families import FFN_MULTIPLE
 from puzzle_jax.serving import engines, fp8
 from puzzle_jax.serving.model_card import model_card
@@ -41,7 +42,7 @@ def export_hf(
   workdir: Path | None = None,
   figures: str = "",
 ) -> None:
-  """Writes the child of a directory that `checkpoint.write_checkpoint` made.
+  """Writes the child of a directory that `parents.open_model` takes.
 
   FFNs are padded with zeros to a width that the engine reads; the outputs stay equal.
 
@@ -62,7 +63,8 @@ def export_hf(
     raise PuzzleError(f"export dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
   if out.is_file() or (out.is_dir() and any(out.iterdir())):
     raise PuzzleError(f"{out} is not empty; name a new directory for the export")
-  architecture = checkpoint.open_checkpoint(child).architecture
+  model = open_model(child)
+  architecture = model.architecture
   c = architecture.config
   if c.hidden_size % c.num_heads:
     raise PuzzleError(
@@ -71,7 +73,8 @@ def export_hf(
     )
   exported = exported_architecture(architecture, dtype=dtype, engine=engine)
   engines.check_export(engine or "transformers", exported, format="hf", dtype=dtype)
-  model, tokenizer = checkpoint.read_checkpoint(child), Tokenizer.from_folder(child)
+  model.validate()
+  tokenizer = Tokenizer.from_folder(child)
   config = hf_config(exported, tokenizer=tokenizer, dtype=dtype)
   if dtype in fp8.ALGORITHMS:
     fp8.check_shapes(exported)
