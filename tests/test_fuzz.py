@@ -18,9 +18,11 @@ from types import FrameType
 from typing import Any
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import strategies as st
 
 from configs import tiny
 from experiments import tiny_parent
@@ -219,6 +221,58 @@ def test_json(bounded: None, kind: str, read: Callable[[Any], Any]) -> None:
   data = json.loads(json.dumps(tables()[kind]))
   read(data)
   fuzz(lambda rng: read(json.loads(json.dumps(damaged_json(data, rng)))) and None)
+
+
+_EXAMPLES = hypothesis.settings(
+  max_examples=int(100 * SECONDS) or 100, deadline=None, derandomize=not SECONDS, database=None
+)
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+_JSON = st.recursive(_SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3))
+_PARTS = (
+  st.sampled_from(["gqa", "linear", "none", "w", "/", "", "-"]) | st.integers(-1, 10**20).map(str) | st.text("é/w0")
+)
+
+
+@_EXAMPLES
+@hypothesis.given(st.lists(_PARTS, max_size=5).map("".join))
+def test_names_of_blocks(name: str) -> None:
+  """Read as they are written, or refused."""
+  try:
+    block = BlockSpec.parse(name)
+  except PuzzleError:
+    return
+  assert block.name == name
+
+
+@pytest.mark.parametrize(
+  "kind, read", [("config", RunConfig.from_dict), ("costs", CostTable.from_json), ("table", Table.from_json)]
+)
+def test_any_value_anywhere(kind: str, read: Callable[[Any], Any]) -> None:
+  """What is read with any JSON value in any place is written and read again as the same."""
+  data = json.loads(json.dumps(tables()[kind]))
+
+  def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield from [path] if path else []
+    for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+      yield from places(node[key], (*path, key))
+
+  @_EXAMPLES
+  @hypothesis.given(st.sampled_from(sorted(places(data), key=str)), _JSON)
+  def replaced(path: tuple[Any, ...], value: Any) -> None:
+    changed = copy.deepcopy(data)
+    node = changed
+    for key in path[:-1]:
+      node = node[key]
+    node[path[-1]] = value
+    try:
+      found = read(changed)
+    except PuzzleError:
+      return
+    written = found.to_dict() if kind == "config" else found.to_json()
+    again = read(json.loads(json.dumps(written)))
+    assert (again.to_dict() if kind == "config" else again.to_json()) == written
+
+  replaced()
 
 
 def test_code_of_a_parent_is_never_run(whole: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 CHILD is a copy of a run's `export/hf`; nothing else of the run is needed. The perplexity of its bfloat16 weights on the
 text's first 8,192 tokens: in JAX and in Transformers in fp32, in Transformers in bfloat16, and in llama.cpp as an F16
 file. Bars: Transformers in fp32 within 1e-4 of JAX's, llama.cpp's within 0.5 %, no token cut otherwise. Where
-experiments/results/flagship.json has the child, its perplexity (within 2 %: the run's weights were fp32) and KL on the
+experiments/results/flagship.json has the child, its perplexity (within 1 %; the run's weights were fp32) and KL on the
 whole text are taken again as the run's evaluation took them, in half an hour on two cores. Writes
 experiments/results/flagship_shipped.json.
 """
