@@ -7,7 +7,6 @@ they are scored beside them, and the search chooses again.
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from puzzle_jax import activations, bld, distributed, scoring, search
@@ -80,7 +79,7 @@ def score(run: Run, store: StageStore, library: Library, jobs: list[tuple[Job, .
     for layer, (space, some) in enumerate(zip(run.space.layers, jobs, strict=True)):
       file = f"scores/layer_{layer:02d}.json"
       if some and file not in store:
-        inputs = {kind: jax.device_put(activations.read(run.store("activations"), kind, layer)) for kind in scorers}
+        inputs = {kind: activations.read(run.store("activations"), kind, layer) for kind in scorers}
         variants = mesh_lib.shard_weights(mesh, library.load_layer(layer))
         usable = [job for job in some if job.name in library.usable(layer)]
         blocks = [

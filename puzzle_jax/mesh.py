@@ -9,11 +9,11 @@ told to shard is the same on every device.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -136,6 +136,11 @@ def laid(mesh: Mesh, x: jax.Array, spec: P) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+@functools.cache
+def _relaid(sharding: NamedSharding) -> Any:
+  return jax.jit(lambda x: x, out_shardings=sharding)
+
+
 def put(mesh: Mesh, tree: Any, spec: P) -> Any:
   """Arrays on the devices of a mesh: what every process has, on its own devices or off them, or what lies there."""
   sharding = NamedSharding(mesh, spec)
@@ -144,7 +149,7 @@ def put(mesh: Mesh, tree: Any, spec: P) -> Any:
 
   def spread(x: Any) -> jax.Array:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      return jax.jit(lambda x: x, out_shardings=sharding)(x)
+      return x if x.sharding == sharding else _relaid(sharding)(x)
     return place(mesh, np.asarray(x), spec)
 
   return jax.tree.map(spread, tree)
@@ -213,8 +218,9 @@ def from_local_rows(mesh: Mesh, local: np.ndarray, rows: int) -> jax.Array:
 
 
 def gathered(tree: Any) -> Any:
-  """Arrays of a tree, whole and on this process's own devices; as they are where they are that already."""
-  return jax.tree.map(lambda x: x if x.is_fully_addressable else jnp.asarray(fetch(x)), tree)
+  """Arrays of a tree, whole and on this process's first device: what is small is done there alone."""
+  own = jax.tree.map(lambda x: x if x.is_fully_addressable else fetch(x), tree)
+  return jax.device_put(own, jax.local_devices()[0])
 
 
 def of_first(tree: Any) -> Any:

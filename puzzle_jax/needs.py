@@ -130,16 +130,16 @@ def scores_bytes(block: BlockSpec, parent: Architecture, rows: int, tokens: int)
 
 
 def scoring_bytes(config: RunConfig, parent: Architecture, space: Space, mesh: MeshConfig) -> float:
-  """On each device in scoring: blocks cut over model, rows over the rest; the head whole, with what it is held against.
-
-  On the first device also the input of all rows.
+  """On each device in scoring: blocks cut over model, a layer's input of all rows over the rest; the head whole, with
+  what it is held against.
   """
   data, model = config.data, parent.config
   blocks = sum(b.num_params(model) for b in parent.blocks)
   head = parent.num_params() - blocks
   variants = max(sum(s.num_params(model) for s in x.variants) for x in space.layers)
-  rows = math.ceil(config.scores.batch_rows / (mesh.data * mesh.layer))
-  stored = data.heldout_tokens * model.hidden_size * (1 + 2 / mesh.devices)
+  shards = mesh.data * mesh.layer
+  rows = math.ceil(config.scores.batch_rows / shards)
+  stored = data.heldout_tokens * model.hidden_size * (1 / shards + 2 / mesh.devices)
   inside = batch_bytes(parent.blocks[0], parent, rows, data.seq_len)
   return _FP32 * (head + (blocks + variants) / mesh.model + stored) + inside / mesh.model
 

@@ -13,8 +13,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax import distributed, scoring, search
@@ -72,16 +70,13 @@ class Children:
     child, metric = self.blocks(names), self._run.config.scores.metric
     result = np.full(self.table.score.shape, np.nan)
     for layer, (x_RTD, variants) in enumerate(zip(self.scorer.inputs(child), self.table.layers, strict=False)):
-      x, own = jnp.asarray(x_RTD), BlockSpec.parse(names[layer])
-
-      @functools.cache
-      def score(block: str, layer: int = layer, x: jax.Array = x) -> float:
-        (found,) = self.scorer.score(layer, [self.block(layer, block)], x, model=child)
-        return found[metric]
-
-      with_attention = [score(f"{v.attention}/{own.ffn.name}") for v in variants]
-      with_ffn = [score(f"{own.attention.name}/{v.ffn}") for v in variants]
-      values = np.add(with_attention, with_ffn)
+      own = BlockSpec.parse(names[layer])
+      with_attention = [f"{v.attention}/{own.ffn.name}" for v in variants]
+      with_ffn = [f"{own.attention.name}/{v.ffn}" for v in variants]
+      blocks = dict.fromkeys([*with_attention, *with_ffn])
+      found = self.scorer.score(layer, (self.block(layer, block) for block in blocks), x_RTD, model=child)
+      score = {block: scores[metric] for block, scores in zip(blocks, found, strict=True)}
+      values = np.array([score[a] + score[f] for a, f in zip(with_attention, with_ffn, strict=True)])
       result[layer, : len(variants)] = values - values[self.table.parent[layer]]
     return result
 

@@ -221,7 +221,7 @@ def _forward(job: Job, name: str, rows: int, precision: str) -> Stage:
 def stages(job: Job) -> list[Stage]:
   """Every stage that the config asks for, each on its best split, in order."""
   config, one = job.config, MeshConfig()
-  rows = min(config.scores.batch_rows, config.data.heldout_tokens // config.data.seq_len)
+  heldout_rows = config.data.heldout_tokens // config.data.seq_len
   result = {
     "data": _plain(job, "data", one, "highest", "tokenising on the host: not reckoned"),
     "costs": _plain(job, "costs", one, "highest", "products alone; decoding waits for memory"),
@@ -229,7 +229,7 @@ def stages(job: Job) -> list[Stage]:
       job, "activations", MeshConfig(data=_largest(config.activations.batch_rows, job.devices)), "highest"
     ),
     "library": best_library(job),
-    "scores": _forward(job, "scores", rows, config.scores.precision),
+    "scores": _forward(job, "scores", heldout_rows, config.scores.precision),
     "search": _plain(job, "search", one, config.scores.precision, "seconds on the host's CPU"),
     "coupled": _plain(job, "coupled", one, "highest", "how many pairs is known after the search"),
     "child": _plain(job, "child", one, "highest", "reads and writes files"),

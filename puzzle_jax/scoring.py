@@ -51,7 +51,6 @@ Block = tuple[BlockSpec, Any]  # with its weights by slot
 class _Batch:
   """Some held-out rows: where their tokens stand, what the parent predicts there, and the true next tokens."""
 
-  rows: slice
   context: subblocks.Context
   reference: divergence.Reference
   targets_T: jax.Array
@@ -88,11 +87,11 @@ class Scorer:
     params: its parameters, the "layers" form of `model.decoder`.
     packed: the rows.
     last_RTD: the stored input of the parent's final norm; None: computed.
-    batch_rows: rows on the device at once.
+    batch_rows: rows at once; of several devices, each takes as many as the others.
     precision: of fp32 matrix products on a GPU or TPU, one of `PRECISIONS`.
     task: what `packed` are the rows of, if they are a task's: then `accuracy` is the metric.
-    mesh: the devices; None: one. Rows are spread over all of them where each holds the whole parent, that is where the
-      axis `model` is 1; else over the others, and weights are cut over `model`.
+    mesh: the devices; None: one. Rows, whatever their number, are spread over all of them where each holds the whole
+      parent, that is where the axis `model` is 1; else over the others, and weights are cut over `model`.
   """
 
   def __init__(
@@ -116,41 +115,49 @@ class Scorer:
     self._parent_specs = set(architecture.blocks)
     self._packed, self._task, self._precision = packed, task, precision
     self._mask_RT = np.asarray(target_mask(packed.segment_ids), np.float64)
-    starts = range(0, len(packed.tokens), batch_rows)
-    self._rows = [
-      (
-        rows,
-        mesh_lib.put(
-          self._mesh,
-          activations.to_context(self._config, packed, rows),
-          self._spread(packed.rows(rows).num_rows, self._row_axes),
-        ),
-      )
-      for rows in (slice(start, start + batch_rows) for start in starts)
-    ]
+    at_once = batch_rows + -batch_rows % self._mesh.size
+    self._rows = [slice(start, start + at_once) for start in range(0, packed.num_rows, at_once)]
+    self._contexts = [self._input(activations.to_context(self._config, packed, rows)) for rows in self._rows]
     if last_RTD is None:
       *_, last_RTD = self.inputs(self.parent)
+    last = self._inputs(last_RTD)
     self._batches: list[_Batch] = []
     with jax.default_matmul_precision(precision):
-      for rows, context in self._rows:
-        hidden = decoder.final_norm(self._config, self._head, self._put(last_RTD[rows]))
+      for rows, context, x in zip(self._rows, self._contexts, last, strict=True):
+        hidden = decoder.final_norm(self._config, self._head, self._put(x))
         reference = divergence.reference(decoder.head_weights(self._head), hidden.reshape(-1, hidden.shape[-1]))
         targets = self._put(np.roll(packed.tokens[rows], -1, axis=1)).reshape(-1)
-        self._batches.append(_Batch(rows, context, reference, targets))
-    self._parent_nll_RT = self._finished(self._started(last_RTD, []))["lm_loss"]
+        self._batches.append(_Batch(context, reference, targets))
+    self._parent_nll_RT = self._finished(self._started(last, []))["lm_loss"]
 
-  def _spread(self, rows: int, axes: Sequence[str]) -> P:
-    """Over some axes' devices, if rows can be."""
-    count = math.prod(self._mesh.shape[axis] for axis in axes)
-    return P(tuple(axes) if rows % count == 0 else None)
+  def _put(self, x: Any, axes: Sequence[str] = mesh_lib.AXES) -> Any:
+    """Rows on some axes' devices: for the metrics on all, where the head is whole.
 
-  def _put(self, x: Any) -> jax.Array:
-    """Rows for the metrics: on all devices, for there the head is whole."""
-    return mesh_lib.put(self._mesh, x, self._spread(len(x), mesh_lib.AXES))
+    Where devices do not divide them, the last row is there several times; `_fetched` leaves it out.
+    """
 
-  def _input(self, x_BTD: Any) -> jax.Array:
+    def padded(x: Any) -> Any:
+      short = -len(x) % self._mesh.size
+      return x[np.minimum(np.arange(len(x) + short), len(x) - 1)] if short else x
+
+    return mesh_lib.put(self._mesh, jax.tree.map(padded, x), P(tuple(axes)))
+
+  def _input(self, x: Any) -> Any:
     """Rows for blocks."""
-    return mesh_lib.put(self._mesh, x_BTD, self._spread(len(x_BTD), self._row_axes))
+    return self._put(x, self._row_axes)
+
+  def _inputs(self, x_RTD: Any) -> list[jax.Array]:
+    """All rows for blocks, by batch."""
+    return [self._input(x_RTD[rows]) for rows in self._rows]
+
+  def _embedded(self) -> list[jax.Array]:
+    """What the first block reads, by batch."""
+    tokens = [self._input(self._packed.tokens[rows]) for rows in self._rows]
+    return [self._input(decoder.embed(self._head, tokens_BT)) for tokens_BT in tokens]
+
+  def _fetched(self, by_batch: Sequence[jax.Array]) -> np.ndarray:
+    """All rows on the host."""
+    return np.concatenate(mesh_lib.fetch(by_batch))[: self._packed.num_rows]
 
   def _through(self, block: Block, x_BTD: jax.Array, context: subblocks.Context) -> jax.Array:
     """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
@@ -170,8 +177,7 @@ class Scorer:
     """
     if self._mesh.is_multi_process:  # which compile, as they run, in one order
       return
-    rows, context = self._rows[0]
-    x = self._input(x_RTD[rows])
+    context, x = self._contexts[0], self._input(x_RTD[self._rows[0]])
     programs: dict[Any, Any] = {spec: functools.partial(_block, spec, self._config, w) for spec, w in self.parent}
     for spec, weights in blocks:
       programs |= {s: functools.partial(_residual, s, self._config, weights[s.slot]) for s in spec.subblocks}
@@ -183,12 +189,11 @@ class Scorer:
     with ThreadPoolExecutor() as pool:
       list(pool.map(run, programs.values()))
 
-  def _started(self, x_RTD: Any, blocks: Sequence[Block]) -> list[dict[str, jax.Array]]:
+  def _started(self, inputs: Sequence[jax.Array], blocks: Sequence[Block]) -> list[dict[str, jax.Array]]:
     """By batch and metric, [B, T], behind a chain of blocks; not waited for."""
     found = []
     with jax.default_matmul_precision(self._precision):
-      for batch in self._batches:
-        x = self._input(x_RTD[batch.rows])
+      for batch, x in zip(self._batches, inputs, strict=True):
         for block in blocks:
           x = self._through(block, x, batch.context)
         found.append(_measure(self._config, self._head, self._put(x), batch.reference, batch.targets_T))
@@ -196,8 +201,7 @@ class Scorer:
 
   def _finished(self, found: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
     """By metric, [R, T], on the host."""
-    fetched = mesh_lib.fetch(found)
-    return {name: np.concatenate([f[name] for f in fetched]).astype(np.float64) for name in fetched[0]}
+    return {name: self._fetched([f[name] for f in found]).astype(np.float64) for name in found[0]}
 
   def _scores(self, measured: dict[str, np.ndarray]) -> dict[str, float]:
     if self._task is not None:
@@ -222,17 +226,17 @@ class Scorer:
     Args:
       layer: where they stand.
       blocks: each with its weights by slot.
-      x_RTD: the input of the layer on all rows; on the device already if it serves several scores.
+      x_RTD: the input of the layer on all rows.
       model: whose other blocks are kept; the parent when None.
 
     Yields:
       Each metric and its standard error, `<metric>_stderr`.
     """
     suffix = (self.parent if model is None else model)[layer + 1 :]
-    started = None
+    inputs, started = self._inputs(x_RTD), None
     for spec, weights in blocks:
       own = mesh_lib.shard_weights(self._mesh, weights) if self._mesh.size > 1 else weights
-      before, started = started, self._started(x_RTD, [(spec, own), *suffix])
+      before, started = started, self._started(inputs, [(spec, own), *suffix])
       if before is not None:
         yield self._scores(self._finished(before))
     if started is not None:
@@ -244,16 +248,12 @@ class Scorer:
 
   def inputs(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
     """What each layer of a child reads on all rows, [R, T, D], one after the other; last what the final norm reads."""
-    x_RTD = np.asarray(self._embedded())
-    yield x_RTD
+    inputs = self._embedded()
+    yield self._fetched(inputs)
     for block in blocks:
       with jax.default_matmul_precision(self._precision):
-        outputs = [self._through(block, self._input(x_RTD[rows]), context) for rows, context in self._rows]
-      x_RTD = np.concatenate(mesh_lib.fetch(outputs))
-      yield x_RTD
-
-  def _embedded(self) -> jax.Array:
-    return decoder.embed(self._head, self._packed.tokens)
+        inputs = [self._through(block, x, context) for x, context in zip(inputs, self._contexts, strict=True)]
+      yield self._fetched(inputs)
 
 
 def scorer_of(run: "Run", params: Mapping[str, Any], *, task: bool = False) -> Scorer:

@@ -1,6 +1,7 @@
 """What each stage of the pipeline does: reads files of earlier stages, writes its own."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from puzzle_jax import activations, bld, coupling, data, distributed, gkd, preemption, refine, report, scoring
@@ -181,7 +181,7 @@ def make_scores(run: Run, store: StageStore) -> None:
   with run.progress.bar("scores", total=sum(len(missing) for *_, missing in todo), unit="block") as bar:
     loaded = _one_ahead(load, [layer for layer, *_ in todo])
     for (layer, file, found, missing), arrays in zip(todo, loaded, strict=True):
-      inputs, variants = jax.device_put(arrays[0]), mesh_lib.shard_weights(mesh, arrays[1])
+      inputs, variants = arrays[0], mesh_lib.shard_weights(mesh, arrays[1])
       layer_space, usable, saved = run.space.layers[layer], library.usable(layer), time.monotonic()
       weights = {
         block: scoring.block_weights(layer_space, block, params["layers"][layer], variants)
@@ -315,21 +315,13 @@ def _read(model: StoredModel) -> tuple[Architecture, dict[str, Any]]:
 def make_gkd(run: Run, store: StageStore) -> None:
   child = open_checkpoint(run.store("child").folder("model"))
   checkpoints = store.root / "checkpoints"
-  with run.metrics("gkd") as log:
-    params, history = gkd.train(
-      _read(child),
-      _read(run.parent),
-      run.packed("gkd"),
-      config=run.config.gkd,
-      heldout=run.packed("heldout"),
-      folder=checkpoints,
-      progress=run.progress,
-      mesh=run.mesh,
-      log=log,
-    )
-  store.put_json("history.json", {"steps": history})
 
-  def write() -> None:
+  def keep(params: Any, history: list[dict[str, float]]) -> None:
+    store.put_json("history.json", {"steps": history})
+    distributed.by_first(functools.partial(write, params))
+    store.reload()
+
+  def write(params: Any) -> None:
     with store.put_folder("model") as folder:
       write_checkpoint(
         folder,
@@ -340,8 +332,19 @@ def make_gkd(run: Run, store: StageStore) -> None:
         metadata={"parent": run.parent.name, "license": run.parent.license},
       )
 
-  distributed.by_first(write)
-  store.reload()
+  with run.metrics("gkd") as log:
+    gkd.train(
+      _read(child),
+      _read(run.parent),
+      run.packed("gkd"),
+      config=run.config.gkd,
+      heldout=run.packed("heldout"),
+      folder=checkpoints,
+      progress=run.progress,
+      mesh=run.mesh,
+      log=log,
+      keep=keep,
+    )
   gkd.forget(checkpoints)
 
 

@@ -1,8 +1,10 @@
-"""A given cost table for the tiny run: runs can be compared, and nothing has to be timed."""
+"""What the tiny run can be given, costs and text: runs can be compared, and nothing has to be timed or looked for."""
 
 import dataclasses
 import json
 from pathlib import Path
+
+import numpy as np
 
 from configs import tiny
 from puzzle_jax import space
@@ -39,3 +41,10 @@ def write_costs(path: Path, parent: str, config: RunConfig | None = None) -> Non
     details={},
   )
   path.write_text(json.dumps(table.to_json()))
+
+
+def write_text(path: Path) -> None:
+  """A hundred documents of 300 random letters."""
+  rng = np.random.default_rng(0)
+  texts = [bytes(rng.integers(32, 127, 300, np.uint8)).decode() for _ in range(100)]
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
