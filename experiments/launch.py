@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
       sys.exit("\nstopped; the same command goes on from here")
     except preemption.PreemptedError:
-      print("\nstopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+      message = "\nstopped by SIGTERM; the same command goes on from here"
+      if distributed.count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        distributed.leave(preemption.EXIT_CODE, message)
+      print(message, file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
 
   app.run(careful, flags_parser=_parse)

@@ -89,10 +89,10 @@ class Builder:
           self._train(turn, distillation, steps=stops[turn.index + 1] - stops[turn.index], stop=preempted)
           if preempted():
             library.put_state(turn.layers[0], turn.index, distillation.state(), within=True)
-        if turn.index + 1 < len(parts):
-          library.put_state(turn.layers[0], turn.index, distillation.state())
-        else:
-          self._put(turn, distillation)
+          elif turn.index + 1 < len(parts):
+            library.put_state(turn.layers[0], turn.index, distillation.state())
+          else:
+            self._put(turn, distillation)
         bar.update()
     if trained_s := (timing := library.timing)["trained_s"]:
       share = timing["waited_s"] / trained_s

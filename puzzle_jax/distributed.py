@@ -3,22 +3,31 @@
 Stages that use the mesh are made by all processes together, in lockstep. What is single is process 0's: `by_first` lets
 it do some work while the others wait, and gives all of them what came of it, error or result. `anyone` and `everyone`
 turn what one process sees (a signal, a clock, its own files) into what all act on. With one process they cost nothing.
+`leave` ends all of them, wherever the others wait.
 
 Imports JAX when there are several processes only: the work directory (`store`) is used without it, too.
 """
 
+import atexit
+import contextlib
 import functools
 import itertools
+import json
 import os
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from puzzle_jax.errors import PuzzleError
 
 _T = TypeVar("_T")
 _POLL_MS = 1_000  # between looks for signals while another process works
 _BARRIER_MS = 24 * 3_600 * 1_000  # a process that is gone is noticed by its heartbeat
+_LEFT = "puzzle_jax/left"
+_LEAVE_MS = 10_000  # for the others to be ready to end
 
 
 class _State:
@@ -28,6 +37,7 @@ class _State:
   index = 0
   count = 1
   alone = False  # in the work of `by_first`
+  leaving = threading.Lock()
   numbers = itertools.count()  # of what processes do together: the same in all of them
 
 
@@ -73,7 +83,13 @@ def start(*, coordinator: str = "", processes: int = 0, process: int | None = No
     ) from e
   state = jax_distributed.global_state
   _State.index, _State.count = state.process_id, state.num_processes
-  _State.client = state.client if _State.count > 1 else None
+  if _State.count > 1:
+    _State.client = state.client
+    over = threading.Event()
+    watching = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watching.start()
+    atexit.register(watching.join)  # none may ask when the interpreter ends
+    atexit.register(over.set)  # comes before
 
 
 def scheduled() -> bool:
@@ -159,6 +175,35 @@ def _outcome(name: str) -> Any:
   if error is not None:
     raise error
   return result
+
+
+def leave(status: int, message: str) -> NoReturn:
+  """Ends all processes with a status and a message, wherever they are: what is not on the disk is given up.
+
+  Without it, one that waits for another on a device or for its word, out of reach of signals to Python, would end by
+  its heartbeat, as if killed.
+  """
+  with _State.leaving:  # for good
+    with contextlib.suppress(Exception):  # the others may be gone, and then there is nobody to wait for
+      _State.client.key_value_set(f"{_LEFT}/{_State.index}", json.dumps([status, message]))
+      _State.client.wait_at_barrier(_LEFT, _LEAVE_MS)
+      if is_first():  # whose end ends those that are still there
+        time.sleep(1)
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _watch(over: threading.Event) -> None:
+  """Leaves when another process does."""
+  while not over.wait(_POLL_MS / 1_000):
+    try:
+      left = _State.client.key_value_dir_get(f"{_LEFT}/")
+    except Exception:  # the run is over
+      return
+    if left:
+      leave(*json.loads(left[0][1]))
 
 
 def written_by_first(method: Callable[..., None]) -> Callable[..., None]:

@@ -191,6 +191,7 @@ def train(
   progress: Progress,
   mesh: Mesh | None = None,
   log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+  keep: Callable[[Any, list[dict[str, float]]], None] = lambda params, history: None,
 ) -> tuple[Any, list[dict[str, float]]]:
   """Trains the child. No device ever holds more than its share of the two, and one layer or embedding on its way.
 
@@ -205,6 +206,7 @@ def train(
     progress: for the bar.
     mesh: the devices; None: one.
     log: gets each step's number, from 1, and its metrics.
+    keep: gets what is returned, while SIGTERM waits.
 
   Returns:
     The child's "layers" parameters in NumPy, as given where there are no steps; the metrics of each step, `heldout_kl`
@@ -215,6 +217,7 @@ def train(
       the last good checkpoint.
   """
   if config.steps == 0:
+    keep(child[1], [])
     return child[1], []
   if config.start == "random":
     child = (child[0], decoder.init(child[0], jax.random.key(config.seed), keep=jax.device_get))
@@ -272,9 +275,12 @@ def train(
             distributed.by_first(functools.partial(note_checksums, folder, str(step + 1)))
         if stop:
           break
-  history = np.column_stack([np.asarray(state.history, np.float64), np.asarray(state.heldout_kl, np.float64)]).tolist()
-  trained = _on_host(child[0], state.best if config.eval_steps else state.child(config))
-  return trained, [_measured(row) for row in history]
+      else:
+        table = np.column_stack([np.asarray(x, np.float64) for x in (state.history, state.heldout_kl)])
+        history = [_measured(row) for row in table.tolist()]
+        trained = _on_host(child[0], state.best if config.eval_steps else state.child(config))
+        keep(trained, history)
+  return trained, history
 
 
 @jax.jit

@@ -50,7 +50,8 @@ def deferred() -> Iterator[Callable[[], bool]]:
   _deferring = True
   try:
     yield lambda: distributed.anyone(_asked)
+    asked = distributed.anyone(_asked)
   finally:
     _deferring = False
-  if distributed.anyone(_asked):
+  if asked or _asked:  # the latter since the others were asked
     raise PreemptedError

@@ -1,4 +1,4 @@
-"""Two and four processes over loopback end as one process does; what they decide together."""
+"""Two and four processes over loopback end as one process does, the two after SIGTERM; what they decide together."""
 
 import json
 import os
@@ -6,17 +6,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny_costs import write_costs
+from tiny_costs import write_costs, write_text
 from xla_flags import QUICK
 
 from experiments import tiny_parent
-from puzzle_jax import distributed
+from puzzle_jax import distributed, preemption
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.library import Library
 from puzzle_jax.store import StageStore, Workdir
@@ -64,6 +65,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("processes")
   tiny_parent.write(folder / "parent")
   write_costs(folder / "costs.json", str(folder / "parent"))
+  write_text(folder / "text.jsonl")
   return folder
 
 
@@ -77,6 +79,7 @@ def command(
     "--config=configs/tiny.py",
     f"--config.parent={folder / 'parent'}",
     f"--config.costs.table={folder / 'costs.json'}",
+    f"--config.data.source={folder / 'text.jsonl'}",
     f"--config.mesh.{axis}={count}",
     "--config.activations.dtype=float32",
     "--config.activations.tier=disk",
@@ -107,10 +110,56 @@ def alone(folder):
   return Workdir(run(folder, "1", 1, STAGES))
 
 
+ASKED = """
+import os, signal, sys
+from absl import flags
+from experiments import launch, run
+from puzzle_jax import gkd, memory
+
+asked, steps = os.environ["ASKED"], {"library": 0, "gkd": 0}
+
+def counted(name, step):
+  def work(*args, **kwargs):
+    steps[name] += 1
+    if asked == f"{flags.FLAGS.process} in step {steps[name]} of {name}":
+      os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args, **kwargs)
+  return work
+
+def main(argv):
+  memory.Step.__call__ = counted("library", memory.Step.__call__)
+  gkd.train_step = counted("gkd", gkd.train_step)
+  try:
+    run.main(argv)
+  finally:
+    print(steps["library"], steps["gkd"])
+
+launch.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def preempted(folder):
+  """The work directory of a run in two processes, of which one gets SIGTERM in either training."""
+  done = []
+  for asked in ("1 in step 5 of library", "0 in step 2 of gkd", "none"):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setenv("ASKED", asked)
+      ends = together(2, ["-c", ASKED, *command(folder, "2", 2, STAGES, axis="data", more=())[2:]])
+    for end in ends:
+      assert end.returncode == (0 if asked == "none" else preemption.EXIT_CODE), end.stderr[-3000:]
+      done.append([int(n) for n in end.stdout.split()[-2:]])
+  assert (
+    done == [[5, 0]] * 2 + [[7, 2]] * 2 + [[0, 1]] * 2
+  )  # of four layers' and the child's, three each: nothing twice
+  return folder / "2"
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def ended(folder, alone, request):
   """The work directories of a run in one process and in several."""
-  return alone, Workdir(run(folder, str(request.param), request.param, STAGES))
+  several = request.getfixturevalue("preempted") if request.param == 2 else run(folder, "4", 4, STAGES)
+  return alone, Workdir(several)
 
 
 def test_the_library_is_that_of_one_process(ended):
@@ -177,12 +226,13 @@ def test_the_evaluation_is_that_of_one_process(folder, alone):
 
 def test_one_process_writes_what_is_single(ended):
   _, several = ended
-  assert len((several.root / "launches.jsonl").read_text().splitlines()) == 1
+  starts = 3 if several.root.name == "2" else 1
+  assert len((several.root / "launches.jsonl").read_text().splitlines()) == starts
   assert all(several.stage(name).done for name in STAGES)
 
 
 DECISIONS = """
-import json, sys
+import json, os, signal, sys
 from absl import app, flags
 from experiments import launch
 from puzzle_jax import distributed
@@ -202,15 +252,22 @@ def main(argv):
   except CorruptFileError as e:
     found.append(str(e))
   print(json.dumps([distributed.is_first(), found]))
+  if me == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  distributed.anyone(False)
 
 launch.run(main)
 """
 
 
 def test_what_processes_decide_together():
+  """And that both end when one is asked to, though the other waits for it where no signal would reach Python."""
+  begin = time.monotonic()
   ends = together(2, ["-c", DECISIONS])
+  assert time.monotonic() - begin < 60  # for less than jax.distributed waits
   for i, end in enumerate(ends):
-    assert end.returncode == 0, end.stderr[-3000:]
+    assert end.returncode == preemption.EXIT_CODE, end.stderr[-3000:]
+    assert end.stderr.strip() == "stopped by SIGTERM; the same command goes on from here"
     assert json.loads(end.stdout) == [i == 0, [True, False, False, True, [0, 1, False], "x is corrupt"]]
 
 
