@@ -61,11 +61,6 @@ def _residual(spec: Subblock, config: ModelConfig, params: Any, x_BTD: jax.Array
   return x_BTD + subblocks.apply(spec, config, params, x_BTD, context=context)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "config"))
-def _block(spec: BlockSpec, config: ModelConfig, params: Any, x_BTD: jax.Array, context: Any) -> jax.Array:
-  return decoder.block_apply(spec, config, params, x_BTD, context=context)[0]
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def _measure(
   config: ModelConfig, head: Any, x_BTD: jax.Array, reference: divergence.Reference, targets_T: jax.Array
@@ -163,7 +158,7 @@ class Scorer:
     """One program for the parent's blocks, which all suffixes are made of; variants are put together of subblocks."""
     spec, weights = block
     if spec in self._parent_specs:
-      return _block(spec, self._config, weights, x_BTD, context)
+      return decoder.compiled_block(spec, self._config, weights, x_BTD, context)[0]
     for subblock in spec.subblocks:
       x_BTD = _residual(subblock, self._config, weights[subblock.slot], x_BTD, context)
     return x_BTD
@@ -178,7 +173,8 @@ class Scorer:
     if self._mesh.is_multi_process:  # which compile, as they run, in one order
       return
     context, x = self._contexts[0], self._input(x_RTD[self._rows[0]])
-    programs: dict[Any, Any] = {spec: functools.partial(_block, spec, self._config, w) for spec, w in self.parent}
+    whole = decoder.compiled_block
+    programs: dict[Any, Any] = {spec: functools.partial(whole, spec, self._config, w) for spec, w in self.parent}
     for spec, weights in blocks:
       programs |= {s: functools.partial(_residual, s, self._config, weights[s.slot]) for s in spec.subblocks}
 

@@ -154,13 +154,13 @@ def test_streamed_kl_is_naive_kl(monkeypatch, vocabulary, chunk, tokens):
 
 def test_one_program_a_subblock_a_parent_s_block_and_the_metrics(model, parent, scorer, stored):
   scoring._residual.clear_cache()
-  scoring._block.clear_cache()
+  decoder.compiled_block.clear_cache()
   scoring._measure.clear_cache()
   blocks = [(BlockSpec.parse(block), model(block)[1]["layers"][0]) for block in ("gqa2/w8", "none/w48")]
   for layer in range(4):
     assert len(list(scorer.score(layer, blocks, stored[layer]))) == 2
   specs = {s for block in ("gqa2/w8", "none/w48") for s in BlockSpec.parse(block).subblocks}
-  sizes = [f._cache_size() for f in (scoring._residual, scoring._block, scoring._measure)]
+  sizes = [f._cache_size() for f in (scoring._residual, decoder.compiled_block, scoring._measure)]
   assert sizes == [len(specs), len(set(PARENT)), 1]
 
 

@@ -2,8 +2,8 @@
 
 Timed are models of M equal layers, each with one variant beside the parent's other subblock, and models without
 attention, without FFN, and of half the depth; weights stream from memory as they do in a real model. One least-squares
-fit explains their seconds by a fixed part and what each subblock adds to a layer. What is timed is `decode_step`, the
-program that `LanguageModel.generate` runs. Its attention reads the whole allocated cache, so a decode step depends on
+fit explains their seconds by a fixed part and what each subblock adds to a layer. What is timed is `decode_step`, a
+program of the whole model. Its attention reads the whole allocated cache, so a decode step depends on
 the cache's length alone: it is timed at the scenario's own, and for the parent's block with and without attention at
 twice that, to show what context costs.
 

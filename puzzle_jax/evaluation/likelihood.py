@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from puzzle_jax import divergence
 from puzzle_jax import mesh as mesh_lib
-from puzzle_jax.arch import Architecture
+from puzzle_jax.arch import Architecture, ModelConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.tokenizer import Tokenizer
@@ -70,16 +69,14 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Reque
   return found
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "mesh"))
+@functools.partial(jax.jit, static_argnames="config")
 def _tokens(
-  architecture: Architecture, params: decoder.Tree, inputs_BT: jax.Array, targets_BT: jax.Array, mesh: Mesh | None
+  config: ModelConfig, head: decoder.Tree, last_BTD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Log likelihood of each target, and whether it is the likeliest token; [B, T]."""
-  rows = mesh_lib.rows_on(mesh, len(inputs_BT))
-  hidden_BTD = decoder.apply(architecture, params, inputs_BT, rows=rows).hidden_BTD
-  hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-  nll_N, greedy_N = divergence.nll_and_greedy(hidden_ND, decoder.head_weights(params), targets_BT.reshape(-1))
-  return -nll_N.reshape(inputs_BT.shape), greedy_N.reshape(inputs_BT.shape)
+  hidden_ND = decoder.final_norm(config, head, last_BTD).reshape(-1, config.hidden_size)
+  nll_N, greedy_N = divergence.nll_and_greedy(hidden_ND, decoder.head_weights(head), targets_BT.reshape(-1))
+  return -nll_N.reshape(targets_BT.shape), greedy_N.reshape(targets_BT.shape)
 
 
 def bucket(length: int, longest: int) -> int:
@@ -102,6 +99,7 @@ def score(
     PuzzleError: a request longer than the model's context, its last token aside.
   """
   limit, mesh = architecture.config.max_context, mesh_lib.mesh_of(params)
+  head = {k: v for k, v in params.items() if k != "layers"}
   by_length = collections.defaultdict[int, list[int]](list)
   for index, request in enumerate(requests):
     if not 1 <= request.start < len(request.ids) <= limit + 1:
@@ -118,7 +116,8 @@ def score(
       for row, index in enumerate(here):
         ids = requests[index].ids
         inputs_BT[row, : len(ids) - 1], targets_BT[row, : len(ids) - 1] = ids[:-1], ids[1:]
-      log_p_BT, greedy_BT = mesh_lib.fetch(_tokens(architecture, params, inputs_BT, targets_BT, mesh))
+      last_BTD, _ = decoder.apply_by_block(architecture, params, inputs_BT, rows=mesh_lib.rows_on(mesh, rows))
+      log_p_BT, greedy_BT = mesh_lib.fetch(_tokens(architecture.config, head, last_BTD, targets_BT))
       for row, index in enumerate(here):
         counts = slice(requests[index].start - 1, len(requests[index].ids) - 1)
         total = float(log_p_BT[row, counts].astype(np.float64).sum())

@@ -10,28 +10,18 @@ from jax.sharding import Mesh
 
 from puzzle_jax import data, divergence
 from puzzle_jax import mesh as mesh_lib
-from puzzle_jax.arch import Architecture
+from puzzle_jax.arch import Architecture, ModelConfig
 from puzzle_jax.model import decoder
 from puzzle_jax.scoring import mean_and_error
 
 Model = tuple[Architecture, Any]
 
 
-@functools.partial(jax.jit, static_argnames=("child", "parent", "mesh"))
-def _rows(
-  child: Architecture,
-  child_params: Any,
-  parent: Architecture,
-  parent_params: Any,
-  batch: data.PackedText,
-  mesh: Mesh | None,
-) -> dict[str, jax.Array]:
+def _rows(child: Model, parent: Model, batch: data.PackedText, mesh: Mesh | None) -> dict[str, jax.Array]:
   """KL and negative log likelihoods of both, summed over each row, and each row's number of predicted tokens."""
-  mask_BT = data.target_mask(batch.segment_ids)
-  targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
-  hidden, heads = {}, {}
-  for name, architecture, params in (("child", child, child_params), ("parent", parent, parent_params)):
-    out = decoder.apply(
+  last, heads = [], []
+  for architecture, params in (child, parent):
+    x_BTD, _ = decoder.apply_by_block(
       architecture,
       params,
       batch.tokens,
@@ -39,8 +29,26 @@ def _rows(
       segments_BT=batch.segment_ids,
       rows=mesh_lib.rows_on(mesh, batch.num_rows),
     )
-    hidden[name], heads[name] = out.hidden_BTD.reshape(len(targets_T), -1), decoder.head_weights(params)
-  ours, theirs = ((hidden[name], heads[name]) for name in ("child", "parent"))
+    last.append(x_BTD)
+    heads.append({k: v for k, v in params.items() if k != "layers"})
+  return _sums(parent[0].config, tuple(heads), tuple(last), batch, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _sums(
+  config: ModelConfig,
+  heads: tuple[Any, Any],
+  last_BTD: tuple[jax.Array, jax.Array],
+  batch: data.PackedText,
+  mesh: Mesh | None,
+) -> dict[str, jax.Array]:
+  """Of child and parent: what their heads say of what their last blocks give."""
+  mask_BT = data.target_mask(batch.segment_ids)
+  targets_T = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
+  ours, theirs = (
+    (decoder.final_norm(config, head, x_BTD).reshape(len(targets_T), -1), decoder.head_weights(head))
+    for head, x_BTD in zip(heads, last_BTD, strict=True)
+  )
   shards = mesh_lib.row_shards(mesh, batch.num_rows) if mesh else 1
   kl_T, nll_T = divergence.kl_and_nll(ours, theirs, targets_T, shards=shards)
   _, parent_nll_T = divergence.kl_and_nll(theirs, theirs, targets_T, shards=shards)
@@ -58,7 +66,7 @@ def by_row(child: Model, parent: Model, packed: data.PackedText, *, batch_rows: 
     batch = packed.rows(slice(start, start + batch_rows))
     if mesh:
       batch = mesh_lib.put(mesh, batch, mesh_lib.rows_spec(mesh, batch.num_rows))
-    for name, values in mesh_lib.fetch(_rows(*child, *parent, batch, mesh)).items():
+    for name, values in mesh_lib.fetch(_rows(child, parent, batch, mesh)).items():
       sums[name] += np.asarray(values, np.float64).tolist()
   return {name: np.array(values) for name, values in sums.items()}
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from puzzle_jax import mesh as mesh_lib
-from puzzle_jax.arch import Architecture
+from puzzle_jax.arch import Architecture, ModelConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model import decoder
 from puzzle_jax.parents import Parent, open_parent
@@ -58,6 +58,23 @@ def decode_step(
     return logits, out.cache
   cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), out.cache)
   return mesh_lib.laid(mesh, logits, P()), cache
+
+
+def _next(
+  architecture: Architecture,
+  params: decoder.Tree,
+  tokens_BT: np.ndarray,
+  positions_BT: np.ndarray,
+  last_B: np.ndarray,
+  cache: list[Any],
+  mesh: Mesh | None,
+) -> tuple[jax.Array, list[Any]]:
+  """`decode_step` by `decoder.apply_by_block`: answers are too short to compile a program of the whole model for."""
+  x_BTD, cache = decoder.apply_by_block(architecture, params, tokens_BT, positions_BT=positions_BT, cache=cache)
+  if mesh is not None:
+    cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), cache)
+  head = {k: v for k, v in params.items() if k != "layers"}
+  return _logits(architecture.config, head, x_BTD[np.arange(len(last_B)), last_B][:, None])[:, 0], cache
 
 
 def empty_cache(architecture: Architecture, mesh: Mesh | None, *, batch: int, length: int) -> list[Any]:
@@ -136,7 +153,7 @@ class LanguageModel:
     key = jax.random.key(seed)
     answer: list[int] = []
     while len(answer) < max_new_tokens:
-      logits, cache = decode_step(self.architecture, self.params, tokens, positions, last, cache, mesh=mesh)
+      logits, cache = _next(self.architecture, self.params, tokens, positions, last, cache, mesh)
       token = np.asarray(_sample(mesh_lib.gathered(logits), temperature, jax.random.fold_in(key, len(answer))))
       if int(token[0]) in self.tokenizer.stop_ids:
         break
@@ -167,9 +184,12 @@ class LanguageModel:
 
   def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
     """Next-token logits [B, T, V], fp32."""
-    return np.asarray(_logits(self.architecture, self.params, jnp.asarray(tokens_BT)))
+    x_BTD, _ = decoder.apply_by_block(self.architecture, self.params, tokens_BT)
+    head = {k: v for k, v in self.params.items() if k != "layers"}
+    return np.asarray(_logits(self.architecture.config, head, x_BTD))
 
 
-@functools.partial(jax.jit, static_argnames="architecture")
-def _logits(architecture: Architecture, params: decoder.Tree, tokens_BT: jax.Array) -> jax.Array:
-  return decoder.logits(params, decoder.apply(architecture, params, tokens_BT).hidden_BTD)
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(config: ModelConfig, head: decoder.Tree, last_BTD: jax.Array) -> jax.Array:
+  """Of what the last block gives."""
+  return decoder.logits(head, decoder.final_norm(config, head, last_BTD))
