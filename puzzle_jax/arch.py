@@ -21,6 +21,19 @@ from typing import Any, ClassVar, NamedTuple
 from puzzle_jax.errors import PuzzleError
 
 FORMAT = "puzzle-architecture/1"
+NUMBER = "([1-9][0-9]{0,9})"  # in a subblock's name
+
+
+def _whole(where: str, **values: Any) -> None:
+  for name, value in values.items():
+    if type(value) is not int or not 1 <= value < 2**31:
+      raise PuzzleError(f"{where}: {name}={value!r} must be a whole number from 1 to 2^31 - 1")
+
+
+def _positive(where: str, **values: Any) -> None:
+  for name, value in values.items():
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+      raise PuzzleError(f"{where}: {name}={value!r} must be a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +44,16 @@ class RopeScaling:
   low_freq_factor: float
   high_freq_factor: float
   original_max_context: int
+
+  def __post_init__(self) -> None:
+    factors = {name: getattr(self, name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    _positive("rotary scaling llama3", **factors)
+    _whole("rotary scaling llama3", original_max_context=self.original_max_context)
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise PuzzleError(
+        f"rotary scaling llama3: low_freq_factor={self.low_freq_factor} must be below "
+        f"high_freq_factor={self.high_freq_factor}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +73,14 @@ class ModelConfig:
   o_bias: bool = False
 
   def __post_init__(self) -> None:
-    for name in ("vocab_size", "hidden_size", "num_heads", "head_dim", "max_context"):
-      value = getattr(self, name)
-      if type(value) is not int or not 1 <= value < 2**31:
-        raise PuzzleError(f"model config: {name}={value!r} must be a whole number from 1 to 2^31 - 1")
-    for name in ("rope_theta", "norm_eps"):
-      if not 0 < getattr(self, name) < math.inf:
-        raise PuzzleError(f"model config: {name}={getattr(self, name)!r} must be a number above 0")
+    sizes = ("vocab_size", "hidden_size", "num_heads", "head_dim", "max_context")
+    _whole("model config", **{name: getattr(self, name) for name in sizes})
+    _positive("model config", rope_theta=self.rope_theta, norm_eps=self.norm_eps)
+    if not isinstance(self.rope_scaling, RopeScaling | None):
+      raise PuzzleError(f"model config: rope_scaling={self.rope_scaling!r} must hold the factors of llama3, or be null")
+    for name in ("tie_embeddings", "qkv_bias", "o_bias"):
+      if not isinstance(getattr(self, name), bool):
+        raise PuzzleError(f"model config: {name}={getattr(self, name)!r} must be true or false")
     if self.head_dim % 2:
       raise PuzzleError(f"model config: head_dim={self.head_dim} must be even for rotary embeddings")
 
@@ -118,7 +142,7 @@ class GQA(Subblock):
 
   kv_heads: int
   slot: ClassVar[str] = "attention"
-  pattern: ClassVar[str] = r"gqa(\d+)"
+  pattern: ClassVar[str] = f"gqa{NUMBER}"
   output: ClassVar[str | None] = "o"
 
   @property
@@ -150,7 +174,7 @@ class SwiGLU(Subblock):
 
   width: int
   slot: ClassVar[str] = "ffn"
-  pattern: ClassVar[str] = r"w(\d+)"
+  pattern: ClassVar[str] = f"w{NUMBER}"
   output: ClassVar[str | None] = "down"
 
   @property
@@ -224,12 +248,12 @@ KINDS: tuple[type[Subblock], ...] = (GQA, LinearAttention, NoAttention, SwiGLU, 
 
 
 def parse_subblock(slot: str, name: str) -> Subblock:
-  """The subblock that a short name stands for, e.g. ("attention", "gqa8")."""
+  """The subblock that a short name stands for, e.g. ("attention", "gqa8"); each has one name: no `gqa08`."""
   for kind in KINDS:
     if kind.slot == slot and (match := re.fullmatch(kind.pattern, name)):
       return kind(*map(int, match.groups()))
-  known = ", ".join(kind.pattern.replace(r"(\d+)", "N") for kind in KINDS if kind.slot == slot)
-  raise PuzzleError(f"{name!r} is no {slot} subblock; known: {known}")
+  known = ", ".join(kind.pattern.replace(NUMBER, "N") for kind in KINDS if kind.slot == slot)
+  raise PuzzleError(f"{name!r} is no {slot} subblock; known: {known} (N from 1, without zeros before it)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,10 +359,12 @@ class Architecture:
       raise PuzzleError(f"architecture format {data.get('format')!r} is not {FORMAT!r}")
     try:
       config = dict(data["config"])
-      if config.get("rope_scaling"):
+      if isinstance(config.get("rope_scaling"), Mapping):
         config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
       blocks = [BlockSpec.parse(f"{b['attention']}/{b['ffn']}") for b in data["blocks"]]
       return cls(ModelConfig(**config), tuple(blocks))
+    except PuzzleError as e:
+      raise PuzzleError(f"architecture: {e}") from e
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       raise PuzzleError(f"architecture: {e!r}; expected what Architecture.to_json writes") from e
 

@@ -1,6 +1,7 @@
 """Specs and their arithmetic, against the programs and the oracle that they describe."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -98,6 +99,16 @@ def test_flops_are_those_of_the_program(architecture, matmul_flops, block):
     (lambda c: arch.SwiGLU(0).tensors(c), "w0: an FFN needs at least one channel; use `none`"),
     (lambda c: BlockSpec.parse("gqa2"), "'gqa2' is not of the form attention/ffn"),
     (lambda c: BlockSpec.parse("w48/gqa2"), "'w48' is no attention subblock; known: gqaN, linear, none"),
+    (lambda c: BlockSpec.parse("gqa007/w48"), "'gqa007' is no attention subblock; known: gqaN, .*without zeros before"),
+    (lambda c: parse_subblock("ffn", "w0128"), "'w0128' is no ffn subblock"),
+    (lambda c: parse_subblock("ffn", "w" + "9" * 5000), "is no ffn subblock"),
+    (lambda c: RopeScaling(math.nan, 1.0, 4.0, 64), "scaling llama3: factor=nan must be a number above 0"),
+    (lambda c: RopeScaling(8.0, -1.0, 4.0, 64), "low_freq_factor=-1.0 must be a number above 0"),
+    (lambda c: RopeScaling(8.0, 1.0, math.inf, 64), "high_freq_factor=inf must be a number above 0"),
+    (lambda c: RopeScaling(8.0, 4.0, 4.0, 64), "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+    (lambda c: RopeScaling(8.0, 1.0, 4.0, 0), "original_max_context=0 must be a whole number from 1"),
+    (lambda c: ModelConfig(**(vars(c) | {"tie_embeddings": "no"})), "tie_embeddings='no' must be true or false"),
+    (lambda c: ModelConfig(**(vars(c) | {"rope_scaling": 8.0})), "rope_scaling=8.0 must hold the factors of llama3"),
     (lambda c: BlockSpec(arch.NoFFN(), arch.NoFFN()), "is no attention subblock"),
     (lambda c: Architecture.from_json({"format": "other/1"}), "'other/1' is not 'puzzle-architecture/1'"),
     (lambda c: Architecture.from_json({"format": arch.FORMAT, "config": {}}), "architecture: .*expected what"),

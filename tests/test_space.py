@@ -65,6 +65,7 @@ def test_layers_of_their_own(architecture):
 @pytest.mark.parametrize(
   "choices, message",
   [
+    ({"attention": ["gqa0"]}, "'gqa0' is no attention subblock"),
     ({"attention": ["gqa3"]}, "gqa3 does not divide the parent's 4 KV heads; use `gqa`"),
     ({"attention": ["mamba"]}, "'mamba' is no attention subblock; known: gqaN, linear, none"),
     ({"ffn": [1.5]}, r"ratio 1.5 is not in \(0, 1\]"),
