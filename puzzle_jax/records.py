@@ -7,7 +7,6 @@ writes them). The notebooks in colabs/ begin here.
 
 import dataclasses
 import functools
-import json
 import os
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import parse
 from puzzle_jax.search.table import Table
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "results" / "smollm2_135m"  # in a checkout
@@ -55,12 +55,12 @@ class Record:
     try:
       if "://" in self.root:
         with urllib.request.urlopen(path, timeout=60) as response:
-          return json.load(response)
-      return json.loads(Path(path).read_text(encoding="utf-8"))
+          found = response.read()
+      else:
+        found = Path(path).read_bytes()
     except (OSError, urllib.error.URLError) as e:
       raise PuzzleError(f"{path} cannot be read ({e}); name a run's work directory, or an https URL of one") from e
-    except ValueError as e:
-      raise PuzzleError(f"{path} is not JSON ({e}); name a run's work directory, or an https URL of one") from e
+    return parse(found, path, "name a run's work directory, or an https URL of one")
 
 
 def open_record(source: str | os.PathLike[str] = "", *, name: str = "full_space") -> Record:

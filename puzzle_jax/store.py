@@ -132,7 +132,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> Any:
   try:
     return json.loads(path.read_text())
-  except (UnicodeDecodeError, json.JSONDecodeError) as e:
+  except (ValueError, RecursionError) as e:
     raise CorruptFileError(f"{path} is not JSON ({e}); delete it and start again") from e
 
 

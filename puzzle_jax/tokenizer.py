@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puzzle_jax import chat_template
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import read_object
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -261,15 +262,7 @@ class Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    data = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise PuzzleError(f"{path} is not JSON ({e}); download it again") from e
-  if not isinstance(data, dict):
-    raise PuzzleError(f"{path} holds no JSON object; download it again")
-  return data
+  return read_object(path, "download it again") if path.is_file() else {}
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from puzzle_jax.arch import Architecture
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import read_object
 
 SHARD_BYTES = 5_000_000_000
 SINGLE = "model.safetensors"
@@ -46,14 +47,9 @@ def read_json(path: Path) -> dict[str, Any]:
     PuzzleError: no such file, or not a JSON object.
   """
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path, "download or write it again")
   except FileNotFoundError:
     raise PuzzleError(f"{path} does not exist; name a directory that holds a whole model") from None
-  except ValueError as e:
-    raise PuzzleError(f"{path} is not JSON ({e}); download or write it again") from e
-  if not isinstance(data, dict):
-    raise PuzzleError(f"{path} holds no JSON object; download or write it again")
-  return data
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -199,6 +199,8 @@ data.load_documents("a.jsonl", data_dir=Path("out"))
     ("a.jsonl", '{"text": "one"}\n{"text": 3}\n', r"a\.jsonl:2 has no text in 'text'"),
     ("a.jsonl", '{"text": "one"}\n\n["two"]\n', r"a\.jsonl:3 has no text in 'text'"),
     ("a.jsonl", '{"text": "one"}\n{"te', r"a\.jsonl:2 is not JSON"),
+    ("a.jsonl", '{"text": "one"}\n' + '{"a":' * 100_000, r"a\.jsonl:2 is JSON of more than 100 levels"),
+    ("a.jsonl", '{"text": "one"}\n{"text": "two", "n": ' + "9" * 5000 + "}", r"a\.jsonl:2 is not JSON .*4300"),
     ("a.jsonl", '{"text": "one"}\n', "holds 1 different documents"),
     ("a.jsonl", "\n", "holds 0 different documents"),
     ("a.txt", "one", "holds 1 different documents"),

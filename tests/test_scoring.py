@@ -219,8 +219,12 @@ def test_tasks_refuse_what_is_no_item(tmp_path):
     path.write_text(good + bad)
     with pytest.raises(PuzzleError, match=r"task\.jsonl, line 2: expected"):
       tasks.read_items(path)
-  path.write_text(good + "{")
-  with pytest.raises(PuzzleError, match="is not JSON lines"):
+  for bad, message in (("{", "is not JSON"), ("[" * 100_000, "is JSON of more than 100 levels")):
+    path.write_text(good + bad)
+    with pytest.raises(PuzzleError, match=rf"task\.jsonl, line 2 {message}.*one object a line"):
+      tasks.read_items(path)
+  path.write_bytes(good.encode() + b"\xff")
+  with pytest.raises(PuzzleError, match=r"task .*task\.jsonl cannot be read .*codec"):
     tasks.read_items(path)
   path.write_text(good * 3)
   assert tasks.read_items(path, limit=2) == [tasks.Item("a", ("b", "c"), 1)] * 2

@@ -202,6 +202,11 @@ def test_read(tmp_path, data):
   assert Table.read(path).to_json() == Table.from_json(data).to_json()
   with pytest.raises(PuzzleError, match=r"none\.json cannot be read"):
     Table.read(tmp_path / "none.json")
-  path.write_text("{")
-  with pytest.raises(PuzzleError, match="is not JSON"):
-    Table.read(path)
+  for text, message in (
+    ("{", "is not JSON"),
+    ("[" * 100_000, "is JSON of more than 100 levels"),
+    ("[]", "no JSON obj"),
+  ):
+    path.write_text(text)
+    with pytest.raises(PuzzleError, match=rf"table\.json .*{message}.*; name a puzzle-block-table/1 file"):
+      Table.read(path)

@@ -10,8 +10,8 @@ import contextlib
 import functools
 import gzip
 import io
-import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from puzzle_jax.data import stdlib
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import parse
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _SHARD_BYTES = 256 * 2**20  # of files on disk; tensorflow-datasets holds one shard's text in memory
@@ -94,15 +95,12 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
       for text in texts:
         if text.strip():
           yield text.encode("utf-8", "replace").decode()  # JSON can spell out halves of surrogate pairs
-  except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+  except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
     raise PuzzleError(f"{path} cannot be read as UTF-8 text ({e}); convert it, or leave it out") from e
 
 
 def _field(line: str, name: str, where: str) -> str:
-  try:
-    row = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise PuzzleError(f"{where} is not JSON ({e}); .jsonl holds one object a line") from e
+  row = parse(line, where, ".jsonl holds one object a line")
   if not isinstance(row, dict) or not isinstance(row.get(name), str):
     columns = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
     raise PuzzleError(f"{where} has no text in {name!r}; its text fields are {columns}: set data.text_field to one")

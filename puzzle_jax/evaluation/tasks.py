@@ -8,7 +8,7 @@ token each time (LAMBADA). Scores of blocks take choices alone, packed into rows
 
 import dataclasses
 import gzip
-import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from puzzle_jax.data import PackedText
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import likelihood
 from puzzle_jax.evaluation.likelihood import Likelihood, Request
+from puzzle_jax.json_input import parse
 from puzzle_jax.tokenizer import Tokenizer
 
 
@@ -44,13 +45,11 @@ def read_items(path: str | Path, *, limit: int | None = None, targets: bool = Fa
         if limit is not None and len(items) >= limit:
           break
         if line.strip():
-          items.append(_item(json.loads(line), f"{path}, line {number}", targets))
-  except OSError as e:
-    raise PuzzleError(f"task {path} cannot be read ({e.strerror or e}); name a .jsonl or .jsonl.gz file") from e
-  except ValueError as e:
-    if isinstance(e, PuzzleError):
-      raise
-    raise PuzzleError(f"task {path} is not JSON lines ({e})") from e
+          where = f"{path}, line {number}"
+          items.append(_item(parse(line, where, "a task holds one object a line"), where, targets))
+  except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+    reason = getattr(e, "strerror", None) or e
+    raise PuzzleError(f"task {path} cannot be read ({reason}); name a .jsonl or .jsonl.gz file") from e
   if not items:
     raise PuzzleError(f"task {path} holds no items")
   return items

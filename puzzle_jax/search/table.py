@@ -5,7 +5,6 @@ described in docs/search.md. Sums that decide whether a limit is met are exact. 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import read_object
 from puzzle_jax.search.decimals import exact
 from puzzle_jax.search.table_json import COLUMNS, FORMAT, Costs, Parser, Scenario, Variant
 
@@ -71,13 +71,10 @@ class Table:
   def read(cls, path: str | Path) -> "Table":
     """From a JSON file."""
     try:
-      return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+      data = read_object(Path(path), f"name a {FORMAT} file")
     except OSError as e:
       raise PuzzleError(f"table {path} cannot be read ({e.strerror}); name a {FORMAT} file") from e
-    except ValueError as e:
-      if isinstance(e, PuzzleError):
-        raise
-      raise PuzzleError(f"table {path} is not JSON ({e}); name a {FORMAT} file") from e
+    return cls.from_json(data)
 
   def to_json(self) -> dict[str, Any]:
     """The whole table, whatever `restrict` left of it: inverse of `from_json`."""
