@@ -10,7 +10,6 @@ from puzzle_jax.costs import CostTable, check_target, jax_timing, other_version
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import suite, tasks
 from puzzle_jax.runs import Run
-from puzzle_jax.store import read_json
 
 
 def memory_bytes() -> int:
@@ -64,7 +63,7 @@ def _check_cost_table(run: Run) -> None:
     return
   if not Path(costs.table).is_file():
     raise PuzzleError(f"costs.table={costs.table!r} is no file; leave it empty to time costs here")
-  table = CostTable.from_json(read_json(Path(costs.table)))
+  table = CostTable.read(Path(costs.table))
   check_target(table, hardware=costs.hardware or jax_timing.hardware(), engine=run.config.search.engine)
   if warning := other_version(table):
     print(f"warning: {warning}", file=sys.stderr)

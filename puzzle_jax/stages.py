@@ -29,7 +29,7 @@ from puzzle_jax.search.baselines import chosen
 from puzzle_jax.search.table import Table
 from puzzle_jax.serving import engines, model_card
 from puzzle_jax.serving.hf_export import export_hf
-from puzzle_jax.store import StageStore, digest, file_digest, read_json
+from puzzle_jax.store import StageStore, digest, file_digest
 from puzzle_jax.weights import StoredModel
 
 _T = TypeVar("_T")
@@ -124,7 +124,7 @@ def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
 def make_costs(run: Run, store: StageStore) -> None:
   config = run.config.costs
   if config.table:
-    table = CostTable.from_json(read_json(Path(config.table)))
+    table = CostTable.read(Path(config.table))
   else:
     table = jax_timing.measure(
       run.parent.architecture,

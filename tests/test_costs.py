@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -55,6 +56,44 @@ def test_json_round_trip(table):
     CostTable.from_json({k: v for k, v in table.to_json().items() if k != "fixed"})
 
 
+@pytest.mark.parametrize(
+  "path, value, message",
+  [
+    (["hardware"], 3, "hardware is 3, not of type str"),
+    (["versions"], {"jax": 1}, "versions .* not all texts"),
+    (["tensor_parallel"], 0, "tensor_parallel is 0, not a whole number from 1"),
+    (["bytes_per_value"], math.nan, "bytes_per_value is nan; it must be finite"),
+    (["bytes_per_value"], 0, "bytes_per_value is 0, not above 0"),
+    (["scenarios"], [], r"scenarios \[\]; there must be some"),
+    (["scenarios", 0, "input_tokens"], "64", "scenario chat: input and output tokens must be whole numbers from 1"),
+    (["subblocks"], {}, "it has no subblocks"),
+    (["subblocks", "ffn.w48", "chat"], {}, "ffn.w48 and `fixed` do not both have scenario chat, batch 1;"),
+    (["subblocks", "ffn.w48", "chat", "4"], {"prefill_s": 1.0}, "ffn.w48: scenario chat, batch 4: decode_s is missing"),
+    (
+      ["subblocks", "ffn.w48", "chat", "4", "decode_s"],
+      -1.0,
+      "batch 4: decode_s is -1.0; it must be finite and not neg",
+    ),
+    (["fixed"], {}, "fixed has no seconds of scenario chat"),
+    (["fixed", "chat", "4", "prefill_s"], "1", "fixed: scenario chat, batch 4: prefill_s is '1', not a number"),
+    (["fixed", "other"], {}, "costs of scenario 'other', which the table does not describe; it has chat"),
+  ],
+)
+def test_a_file_that_holds_something_else_is_refused(table, tmp_path, path, value, message):
+  data = json.loads(json.dumps(table.to_json()))
+  node = data
+  for key in path[:-1]:
+    node = node[key]
+  node[path[-1]] = value
+  file = tmp_path / "costs.json"
+  file.write_text(json.dumps(data))
+  with pytest.raises(PuzzleError, match=rf"costs\.json: .*{message}"):
+    CostTable.read(file)
+  file.write_text("[" * 100_000)
+  with pytest.raises(PuzzleError, match=r"costs\.json is JSON of more than 100 levels"):
+    CostTable.read(file)
+
+
 def test_a_model_costs_the_fixed_part_and_the_sum_of_its_subblocks(table, architecture):
   child = architecture("gqa2/w48", "gqa1/w24", "none/w48")
   expected = {
@@ -69,7 +108,7 @@ def test_a_model_costs_the_fixed_part_and_the_sum_of_its_subblocks(table, archit
 
 def test_scenarios_have_tokens():
   assert CHAT.tokens == 50
-  with pytest.raises(PuzzleError, match="scenario chat: input and output tokens must be at least 1"):
+  with pytest.raises(PuzzleError, match="scenario chat: input and output tokens must be whole numbers from 1"):
     Scenario("chat", 1, 0)
 
 

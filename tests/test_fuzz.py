@@ -190,11 +190,26 @@ def test_parents(whole: Path, tmp_path: Path, bounded: None, kind: str) -> None:
   fuzz(case)
 
 
+PARENT = Architecture(ModelConfig(64, 32, 4, 8, 256), (BlockSpec.parse("gqa2/w64"),) * 2)
+SPACE = space.build(PARENT, ffn=(0.5, "none"), attention=("gqa", "none"), ffn_multiple=8)
+
+
+def joined(costs: CostTable) -> dict[str, Any]:
+  """The block table of some costs."""
+  scores = [{b.name: (0.1 * (b != layer.parent), 0.01) for b in layer.blocks} for layer in SPACE.layers]
+  return block_table(PARENT, SPACE, scores, costs)
+
+
+def read_costs(data: Any) -> CostTable:
+  """Reads a cost table and makes of it what the search needs."""
+  costs = CostTable.from_json(data)
+  Table.from_json(joined(costs))
+  return costs
+
+
 def tables() -> dict[str, Any]:
   """A block table, the costs it is made of, and a run's config, as JSON."""
   config = RunConfig.from_dict(tiny.get_config().to_dict())
-  parent = Architecture(ModelConfig(64, 32, 4, 8, 256), (BlockSpec.parse("gqa2/w64"),) * 2)
-  found = space.build(parent, ffn=(0.5, "none"), attention=("gqa", "none"), ffn_multiple=8)
   seconds = {"a": {"1": {"prefill_s": 1e-3, "decode_s": 1e-2}}}
   costs = CostTable(
     backend="given",
@@ -202,20 +217,19 @@ def tables() -> dict[str, Any]:
     versions={},
     bytes_per_value=4,
     scenarios=(Scenario("a", 32, 32),),
-    subblocks={s.id: seconds for layer in found.layers for s in (*layer.attention, *layer.ffn)},
+    subblocks={s.id: seconds for layer in SPACE.layers for s in (*layer.attention, *layer.ffn)},
     fixed=seconds,
     details={},
   )
-  scores = [{b.name: (0.1 * (b != layer.parent), 0.01) for b in layer.blocks} for layer in found.layers]
   return {
     "config": config.to_dict(),
     "costs": costs.to_json(),
-    "table": block_table(parent, found, scores, costs),
+    "table": joined(costs),
   }
 
 
 @pytest.mark.parametrize(
-  "kind, read", [("config", RunConfig.from_dict), ("costs", CostTable.from_json), ("table", Table.from_json)]
+  "kind, read", [("config", RunConfig.from_dict), ("costs", read_costs), ("table", Table.from_json)]
 )
 def test_json(bounded: None, kind: str, read: Callable[[Any], Any]) -> None:
   data = json.loads(json.dumps(tables()[kind]))
@@ -245,7 +259,7 @@ def test_names_of_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-  "kind, read", [("config", RunConfig.from_dict), ("costs", CostTable.from_json), ("table", Table.from_json)]
+  "kind, read", [("config", RunConfig.from_dict), ("costs", read_costs), ("table", Table.from_json)]
 )
 def test_any_value_anywhere(kind: str, read: Callable[[Any], Any]) -> None:
   """What is read with any JSON value in any place is written and read again as the same."""

@@ -8,10 +8,13 @@ import contextlib
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from puzzle_jax.arch import Architecture, Subblock
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import costs as costs_of
+from puzzle_jax.json_input import mapping, number, read_object
 from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
 
@@ -36,8 +39,9 @@ class Scenario:
   output_tokens: int
 
   def __post_init__(self) -> None:
-    if self.input_tokens < 1 or self.output_tokens < 1:
-      raise PuzzleError(f"scenario {self.name}: input and output tokens must be at least 1, got {self}")
+    tokens = (self.input_tokens, self.output_tokens)
+    if not all(type(t) is int and 1 <= t < 2**31 for t in tokens) or not isinstance(self.name, str):
+      raise PuzzleError(f"scenario {self.name}: input and output tokens must be whole numbers from 1, got {self}")
 
   @property
   def tokens(self) -> int:
@@ -89,15 +93,58 @@ class CostTable:
     """Inverse of `to_json`.
 
     Raises:
-      PuzzleError: another format or missing keys.
+      PuzzleError: another format, missing keys, or values that are none of a cost table (names them).
     """
     if data.get("format") != FORMAT:
       raise PuzzleError(f"cost table: format {data.get('format')!r} is not {FORMAT!r}")
     fields = {k: v for k, v in data.items() if k != "format"}
     try:
-      return cls(**fields | {"scenarios": tuple(Scenario(**s) for s in fields["scenarios"])})
+      table = cls(**fields | {"scenarios": tuple(Scenario(**s) for s in fields["scenarios"])})
     except (KeyError, TypeError) as e:
       raise PuzzleError(f"cost table: {e}; expected the keys that CostTable.to_json writes") from e
+    table._check()
+    return table
+
+  @classmethod
+  def read(cls, path: Path) -> "CostTable":
+    """From a JSON file; errors name it."""
+    remedy = "name a file that experiments.profile wrote"
+    try:
+      data = read_object(path, remedy)
+    except OSError as e:
+      raise PuzzleError(f"cost table {path} cannot be read ({e.strerror}); {remedy}") from e
+    try:
+      return cls.from_json(data)
+    except PuzzleError as e:
+      raise PuzzleError(f"{path}: {e}") from e
+
+  def _check(self) -> None:
+    """What is read need not be what its types say."""
+    for name, kind in (("backend", str), ("hardware", str), ("versions", dict), ("details", dict)):
+      if not isinstance(getattr(self, name), kind):
+        raise PuzzleError(f"cost table: {name} is {getattr(self, name)!r}, not of type {kind.__name__}")
+    if not all(isinstance(version, str) for version in self.versions.values()):
+      raise PuzzleError(f"cost table: versions {self.versions!r} are not all texts")
+    for name, least, most in (("kv_bytes_per_value", 0, 64), ("tensor_parallel", 1, 2**16)):
+      value = getattr(self, name)
+      if type(value) is not int or not least <= value <= most:
+        raise PuzzleError(f"cost table: {name} is {value!r}, not a whole number from {least} to {most}")
+    if not 0 < number(self.bytes_per_value, "cost table: bytes_per_value") <= 64:
+      raise PuzzleError(f"cost table: bytes_per_value is {self.bytes_per_value}, not above 0 and at most 64")
+    scenarios = [s.name for s in self.scenarios]
+    if not scenarios or len(set(scenarios)) < len(scenarios):
+      raise PuzzleError(f"cost table: scenarios {scenarios}; there must be some, each once")
+    fixed = costs_of(self.fixed, "cost table: fixed", scenarios)
+    if missing := set(scenarios) - {scenario for scenario, _ in fixed}:
+      raise PuzzleError(f"cost table: fixed has no seconds of scenario {min(missing)}; measure the costs anew")
+    if not mapping(self.subblocks, "cost table: subblocks"):
+      raise PuzzleError("cost table: it has no subblocks; measure the costs anew")
+    for name, value in self.subblocks.items():
+      if odd := costs_of(value, f"cost table: {name}", scenarios).keys() ^ fixed.keys():
+        scenario, batch = min(odd)
+        raise PuzzleError(
+          f"cost table: {name} and `fixed` do not both have scenario {scenario}, batch {batch}; measure the costs anew"
+        )
 
   def seconds(self, subblock: Subblock, scenario: str, batch: str) -> Seconds:
     """Of a subblock.

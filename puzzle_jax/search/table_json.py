@@ -1,15 +1,14 @@
 """The block table's JSON form, `puzzle-block-table/1` (docs/search.md): its parts, and the parser. Imports no JAX."""
 
 import dataclasses
-import math
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.json_input import costs as costs_of
+from puzzle_jax.json_input import mapping, number
 
 FORMAT = "puzzle-block-table/1"
 COLUMNS = ("score", "score_stderr", "params", "param_bytes", "kv_bytes_per_token")
@@ -59,54 +58,15 @@ class Parser:
   """Checks a table's JSON while it fills the arrays; every error says where."""
 
   def __init__(self, data: Mapping[str, Any]):
-    self.data = self._object(data, "table")
+    self.data = mapping(data, "table")
     if data.get("format") != FORMAT:
       raise PuzzleError(f"table: format {data.get('format')!r} is not {FORMAT!r}")
 
-  @staticmethod
-  def _object(value: Any, where: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-      raise PuzzleError(f"{where}: expected an object, found {value!r}")
-    for key in value:
-      if known and key not in known:
-        raise PuzzleError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
-    return value
-
-  @staticmethod
-  def _number(value: Any, where: str, *, signed: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise PuzzleError(f"{where} is {value!r}, not a number")
-    if isinstance(value, int) and (abs(value) > sys.float_info.max or float(value) != value):
-      raise PuzzleError(f"{where} is a whole number of {value.bit_length()} bits, too large to be held exactly")
-    if not math.isfinite(value) or (value < 0 and not signed):
-      raise PuzzleError(f"{where} is {value!r}; it must be finite" + ("" if signed else " and not negative"))
-    return float(value)
-
-  def _costs(self, value: Any, where: str) -> dict[tuple[str, int], tuple[float, float]]:
-    """(scenario, batch) -> (prefill_s, decode_s)."""
-    costs = {}
-    for scenario, batches in self._object(value, f"{where}: costs").items():
-      if scenario not in self.data["scenarios"]:
-        known = ", ".join(self.data["scenarios"])
-        raise PuzzleError(f"{where}: costs of scenario {scenario!r}, which the table does not describe; it has {known}")
-      for batch, seconds in self._object(batches, f"{where}: costs of {scenario}").items():
-        if not re.fullmatch("[1-9][0-9]*", batch):
-          raise PuzzleError(f"{where}: batch {batch!r} of scenario {scenario} is no positive whole number")
-        here = f"{where}: scenario {scenario}, batch {batch}"
-        keys = ("prefill_s", "decode_s")
-        self._object(seconds, here, keys)
-        for key in keys:
-          if key not in seconds:
-            raise PuzzleError(f"{here}: {key} is missing")
-        prefill, decode = (self._number(seconds[key], f"{here}: {key}") for key in keys)
-        costs[scenario, int(batch)] = (prefill, decode)
-    return costs
-
   def _scenarios(self) -> dict[str, Scenario]:
     scenarios = {}
-    for name, value in self._object(self.data.get("scenarios"), "table: scenarios").items():
+    for name, value in mapping(self.data.get("scenarios"), "table: scenarios").items():
       where, keys = f"scenario {name}", ("input_tokens", "output_tokens")
-      self._object(value, where, keys)
+      mapping(value, where, keys)
       tokens = [value.get(key) for key in keys]
       if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens) or not any(tokens):
         raise PuzzleError(f"{where}: input_tokens and output_tokens are {tokens}; expected whole numbers, not both 0")
@@ -120,13 +80,13 @@ class Parser:
     if not isinstance(layers, list) or not layers:
       raise PuzzleError("table: no layers; expected a list of objects with `variants`")
     for i, layer in enumerate(layers):
-      variants = self._object(layer, f"layer {i}", ("variants",)).get("variants")
+      variants = mapping(layer, f"layer {i}", ("variants",)).get("variants")
       if not isinstance(variants, list) or not variants:
         raise PuzzleError(f"layer {i} has no variants; every layer needs at least the parent's own block")
     return [layer["variants"] for layer in layers]
 
   def _variant(self, value: Any, where: str) -> Variant:
-    self._object(value, where, _VARIANT_KEYS)
+    mapping(value, where, _VARIANT_KEYS)
     for slot in ("attention", "ffn"):
       name = value.get(slot)
       if not isinstance(name, str) or not name or "/" in name:
@@ -155,8 +115,8 @@ class Parser:
         if "score" not in row:
           raise PuzzleError(f"{where}: score is missing; leave the variant out if it has none")
         for name, column in columns.items():
-          column[i, j] = self._number(row.get(name, 0), f"{where}: {name}", signed=name == "score")
-        for key, pair in self._costs(row.get("costs", {}), where).items():
+          column[i, j] = number(row.get(name, 0), f"{where}: {name}", signed=name == "score")
+        for key, pair in costs_of(row.get("costs", {}), where, scenarios).items():
           seconds.setdefault(key, np.full((2, *shape), np.nan))[:, i, j] = pair
       layers.append(tuple(variants))
       parents = [j for j, row in enumerate(layer_rows) if row.get("parent")]
@@ -165,8 +125,8 @@ class Parser:
         raise PuzzleError(f"layer {i}: exactly one variant must have `parent: true`; {found} has")
       parent.append(parents[0])
 
-    fixed = self._object(self.data.get("fixed", {}), "fixed", ("params", "param_bytes", "costs"))
-    fixed_costs = self._costs(fixed.get("costs", {}), "fixed")
+    fixed = mapping(self.data.get("fixed", {}), "fixed", ("params", "param_bytes", "costs"))
+    fixed_costs = costs_of(fixed.get("costs", {}), "fixed", scenarios)
     costs: dict[str, dict[int, Costs]] = {name: {} for name in scenarios}
     for scenario, batch in sorted(seconds):
       if fixed_costs and (scenario, batch) not in fixed_costs:
@@ -182,8 +142,8 @@ class Parser:
       parent=tuple(parent),
       costs=costs,
       allowed=allowed,
-      fixed_params=self._number(fixed.get("params", 0), "fixed: params"),
-      fixed_param_bytes=self._number(fixed.get("param_bytes", 0), "fixed: param_bytes"),
+      fixed_params=number(fixed.get("params", 0), "fixed: params"),
+      fixed_param_bytes=number(fixed.get("param_bytes", 0), "fixed: param_bytes"),
       extra={k: v for k, v in self.data.items() if k not in ("format", "scenarios", "fixed", "layers")},
       **columns,
     )
