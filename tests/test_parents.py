@@ -1,6 +1,7 @@
 """Reading parents: against what Transformers itself wrote or reads, and messages for parents that are not whole."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,18 @@ def test_the_layout_of_published_puzzle_children():
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*bfloat16"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported; supported: default, llama3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "llama3 lacks 'low_freq_factor'"),
+    ({"mlp_bias": "no"}, "mlp_bias is 'no'; it must be true or false"),
+    ({"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+    ({"rope_scaling": LLAMA3 | {"factor": math.nan}}, "config.json: factor is nan; it must be finite"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": "1"}}, "config.json: low_freq_factor is '1', not a number"),
+    (
+      {"rope_scaling": LLAMA3 | {"high_freq_factor": 0}},
+      "rotary scaling llama3: high_freq_factor=0.0 must be a number",
+    ),
+    ({"rope_theta": "1e4"}, "rope_theta is '1e4', not a number"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads is 0, a whole number from 1 is needed"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0, a whole number from 1"),
     ({"num_attention_heads": 5}, "5 heads do not divide hidden_size=32"),
     ({"num_key_value_heads": 3}, "3 KV heads do not divide 4 query heads"),
     ({"vocab_size": None}, "vocab_size is None"),
@@ -181,6 +194,32 @@ def test_the_layout_of_published_puzzle_children():
 def test_refuses_what_an_architecture_cannot_say(change, message):
   with pytest.raises(PuzzleError, match=message):
     families.read_config({"model_type": "llama", **TINY, **change}).checkpoint_shapes()
+
+
+@pytest.mark.parametrize(
+  "slot, change, message",
+  [
+    ("attention", {"n_heads_in_group": 0}, "layer 0: n_heads_in_group is 0, a whole number from 1 is needed"),
+    ("attention", {"n_heads_in_group": "2"}, "layer 0: n_heads_in_group is '2'"),
+    ("attention", {"n_heads_in_group": 3}, "layer 0: n_heads_in_group=3 does not divide 4 query heads"),
+    ("attention", {"no_op": "false"}, "layer 0: no_op is 'false'; it must be true or false"),
+    ("ffn", {"ffn_mult": "1.5"}, "layer 0: ffn_mult is '1.5', not a number"),
+    ("ffn", {"ffn_mult": -1.5}, "layer 0: ffn_mult is -1.5; it must be finite and not negative"),
+    ("ffn", {"ffn_mult": 1e308}, "layer 0: ffn_mult is 1e.308, not above 0"),
+    ("ffn", {"ffn_mult": None}, "layer 0: ffn_mult is None, not a number"),
+    ("ffn", {"intermediate_size": 64.0}, "layer 0: intermediate_size is 64.0, a whole number"),
+    ("ffn", None, "ffn of layer 0: expected an object, found None"),
+  ],
+)
+def test_refuses_layers_of_published_children_that_are_wrong(slot, change, message):
+  block = {"attention": {"n_heads_in_group": 2, "no_op": False}, "ffn": {"ffn_mult": 24.0, "no_op": False}}
+  config = {"model_type": "nemotron-nas", **TINY, "num_hidden_layers": 1}
+  assert [b.name for b in families.read_config(config | {"block_configs": [block]}).blocks] == ["gqa2/w512"]
+  block[slot] = None if change is None else block[slot] | change
+  with pytest.raises(PuzzleError, match=f"^config.json: {message}"):
+    families.read_config(config | {"block_configs": [block]})
+  with pytest.raises(PuzzleError, match="block_configs is None, a list is needed"):
+    families.read_config(config)
 
 
 @pytest.fixture
