@@ -39,6 +39,7 @@ PRE_TOKENIZERS: dict[str, tuple[pre_tokenizers.PreTokenizer, ...]] = {
   "smollm": (pre_tokenizers.Digits(individual_digits=True), *_GPT2),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_TEMPLATE = "tokenizer.chat_template"
 _ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
 
 
@@ -150,7 +151,9 @@ class Tokenizer:
       )
     try:
       backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises nothing narrower
+    except BaseException as e:
+      if not _is_library_error(e):
+        raise
       raise PuzzleError(f"{path} is no file of the tokenizers library ({e}); download it again") from e
     backend.no_truncation()
     backend.no_padding()
@@ -194,21 +197,24 @@ class Tokenizer:
         raise PuzzleError(f"the GGUF has no tokenizer.ggml.{name}; convert it again with a recent llama.cpp") from None
 
     model, pre = get("model"), fields.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+    if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
       raise PuzzleError(
         f"the GGUF's tokenizer (model {model!r}, pre {pre!r}) is not supported; supported: model 'gpt2' with pre "
         f"{', '.join(map(repr, PRE_TOKENIZERS))}. Use the parent's Hugging Face folder instead"
       )
     try:
       return cls._rebuilt(fields, get)
-    except PuzzleError:
-      raise
-    except Exception as e:  # the tokenizers library raises nothing narrower
+    except BaseException as e:
+      if isinstance(e, PuzzleError) or not _is_library_error(e):
+        raise
       raise PuzzleError(f"the GGUF's tokenizer is damaged ({e!r}); download the file again") from e
 
   @classmethod
   def _rebuilt(cls, fields: Mapping[str, Any], get: Callable[[str], Any]) -> "Tokenizer":
     tokens, types = get("tokens"), get("token_type")
+    for name, expected in ((_TEMPLATE, str), (_ADD_BOS, bool), (_ADD_EOS, bool)):
+      if not isinstance(fields.get(name), expected | None):
+        raise PuzzleError(f"the GGUF's {name} is {fields[name]!r}, not of type {expected.__name__}; download it again")
     pre = fields["tokenizer.ggml.pre"]
     llama3 = pre == "llama-bpe"
     backend = tokenizers.Tokenizer(
@@ -227,10 +233,10 @@ class Tokenizer:
     ]
     backend.add_tokens(added)
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: fields.get(f"tokenizer.ggml.{role}_token_id") for name, role in roles.items()}
+    ids = {name: _id(fields, role, len(tokens)) for name, role in roles.items()}
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    ends = [fields[f"tokenizer.ggml.{e}_token_id"] for e in ("eot", "eom") if f"tokenizer.ggml.{e}_token_id" in fields]
-    template = fields.get("tokenizer.chat_template")
+    ends = [i for role in ("eot", "eom") if (i := _id(fields, role, len(tokens))) is not None]
+    template = fields.get(_TEMPLATE)
     tokenizer = cls._build(backend, special, template=template, ends=ends, source="the GGUF")
     before = [special["bos_token"]] * bool("bos_token" in special and fields.get(_ADD_BOS, llama3))
     after = [special["eos_token"]] * bool(fields.get(_ADD_EOS, False))
@@ -259,6 +265,20 @@ class Tokenizer:
     stops = [ids["eos_token"], *ends, *(added[token] for token in _END_TOKENS if token in added)]
     kept = {name: token for name, token in special.items() if ids[name] is not None}
     return cls(backend, kept, template, frozenset(cast(list[int], stops)))
+
+
+def _is_library_error(error: BaseException) -> bool:
+  """The tokenizers library raises nothing narrower than Exception, and where its Rust panics, not even that."""
+  return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _id(fields: Mapping[str, Any], role: str, size: int) -> int | None:
+  """A special token of a GGUF file."""
+  name = f"tokenizer.ggml.{role}_token_id"
+  value = fields.get(name)
+  if value is not None and not (type(value) is int and 0 <= value < size):
+    raise PuzzleError(f"the GGUF's {name} is {value!r}, not a whole number below its {size} tokens; download it again")
+  return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,7 +82,7 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
   return bytes(found)
 
 
-def write_gguf(path: Path, weights: Path) -> None:
+def write_gguf(path: Path, weights: Path, changed: Mapping[str, Any] | None = None) -> None:
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_block_count(4)
   writer.add_context_length(256)
@@ -99,6 +99,10 @@ def write_gguf(path: Path, weights: Path) -> None:
   writer.add_token_merges(["a b"])
   writer.add_bos_token_id(26)
   writer.add_eos_token_id(27)
+  for key, value in (changed or {}).items():
+    kind = gguf.GGUFValueType.get_type(value)
+    writer.kv_data[0].pop(key, None)
+    writer.add_key_value(key, value, gguf.GGUFValueType.INT64 if kind is gguf.GGUFValueType.INT32 else kind)
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
   for name, array in safetensors.numpy.load_file(weights).items():
     stem, _, kind = name.rpartition(".")
@@ -186,6 +190,34 @@ def test_parents(whole: Path, tmp_path: Path, bounded: None, kind: str) -> None:
       else:
         file.write_bytes(damaged_bytes(file.read_bytes(), rng))
     use(path)
+
+  fuzz(case)
+
+
+def test_metadata_of_gguf(whole: Path, tmp_path: Path, bounded: None) -> None:
+  """Values of any type in any place."""
+  keys = ["general.name", "general.license", "general.architecture", "split.count", "tokenizer.chat_template"]
+  keys += [f"llama.{key}" for key in ("block_count", "context_length", "embedding_length", "feed_forward_length")]
+  keys += [f"llama.attention.{key}" for key in ("head_count", "head_count_kv", "key_length", "layer_norm_rms_epsilon")]
+  keys += [f"llama.{key}" for key in ("rope.freq_base", "rope.dimension_count", "expert_count", "rope.scaling.type")]
+  keys += [f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "token_type", "merges", "add_bos_token")]
+  keys += [f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "eot", "unknown", "padding")]
+  values = ["x", "deci", "gpt2", 0, -1, 1, 2, 4, 2**40, 1.5, float("nan"), True, False, [1, 2], ["a", "b"], [0.5] * 4]
+
+  def case(rng: random.Random) -> None:
+    path = tmp_path / f"{rng.random()}.gguf"
+    changed = {rng.choice(keys): rng.choice(values) for _ in range(rng.choice([1, 1, 2]))}
+    if rng.random() < 0.3:  # of a child that was exported
+      changed = {"general.architecture": "deci"} | {k.replace("llama.", "deci."): v for k, v in changed.items()}
+      for key, value in (("block_count", 4), ("context_length", 256), ("embedding_length", 32)):
+        changed.setdefault(f"deci.{key}", value)
+      for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        changed.setdefault(f"deci.{key}", [rng.choice([0, 1, 2, 4, -1, 64]) for _ in range(rng.choice([4, 4, 4, 3]))])
+    write_gguf(path, whole / "child" / "model.safetensors", changed)
+    try:
+      use(path)
+    finally:
+      path.unlink()
 
   fuzz(case)
 

@@ -5,8 +5,9 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -355,7 +356,14 @@ def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
   return rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path: Path, folder: Path, *, divisors: np.ndarray | None = None, arch: str = "llama") -> None:
+def write_gguf(
+  path: Path,
+  folder: Path,
+  *,
+  divisors: np.ndarray | None = None,
+  arch: str = "llama",
+  changed: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
   """Converts a tiny Hugging Face Llama as llama.cpp's converter does."""
   config, tensors = json.loads((folder / "config.json").read_text()), dict(by_name(open_parent(str(folder))))
   writer = gguf.GGUFWriter(path, arch)
@@ -370,6 +378,9 @@ def write_gguf(path: Path, folder: Path, *, divisors: np.ndarray | None = None, 
   writer.add_rope_dimension_count(config["head_dim"])
   writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
   writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+  for key, value in changed.items():
+    writer.kv_data[0].pop(key, None)
+    writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
   for name, array in tensors.items():
     stem, _, kind = name.rpartition(".")
@@ -422,6 +433,43 @@ def test_gguf_that_cannot_be_read(tmp_path):
   write_gguf(tmp_path / "qwen.gguf", tmp_path / "hf", arch="qwen2")
   with pytest.raises(PuzzleError, match="GGUF architecture 'qwen2' is not supported; supported: llama"):
     open_parent(str(tmp_path / "qwen.gguf"))
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    ({"general.architecture": ["llama"]}, r"general.architecture is \"\['llama'\]\", not of type str; download it"),
+    ({"general.license": 3}, "general.license is '3', not of type str"),
+    ({"split.count": "2"}, "split.count is '2', not of type int"),
+    ({"llama.block_count": "2"}, "llama.block_count is '2', not of type int"),
+    ({"llama.attention.head_count_kv": [2, 2]}, r"head_count_kv is '\[2, 2\]', not of type int"),
+    ({"llama.embedding_length": 32.0}, "embedding_length is '32.0', not of type int"),
+    ({"llama.rope.freq_base": "1e4"}, "freq_base is '1e4', not of type float or int"),
+    ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "read as a config.json: config.json: rms_norm_eps is nan"),
+    ({"llama.attention.head_count": 0}, "read as a config.json: config.json: num_attention_heads is 0"),
+  ],
+)
+def test_gguf_metadata_of_wrong_types(folder, tmp_path, changed, message):
+  write_gguf(tmp_path / "tiny.gguf", folder, changed=changed)
+  with pytest.raises(PuzzleError, match=rf"tiny\.gguf.*{message}"):
+    open_parent(str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    ({"block_count": 2**31 - 1}, "num_hidden_layers=2147483647 is not a number from 1 to 10000"),
+    ({"attention.head_count": [4]}, r"num_attention_heads is \[4\]; 2 whole numbers are needed, one a layer"),
+    ({"attention.head_count_kv": ["2", "2"]}, "num_key_value_heads is .*; 2 whole numbers are needed"),
+    ({"attention.head_count_kv": [2, 3]}, "layer 1 has 4 query and 3 KV heads where others have 4"),
+    ({"feed_forward_length": [48, -1]}, r"intermediate_size is \[48, -1\]; 2 whole numbers are needed"),
+  ],
+)
+def test_gguf_of_a_child_with_wrong_layers(folder, tmp_path, changed, message):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, folder, arch="deci", changed={f"deci.{k}": v for k, v in changed.items()})
+  with pytest.raises(PuzzleError, match=rf"tiny\.gguf.*{message}"):
+    open_parent(str(path))
 
 
 @pytest.fixture(scope="module")

@@ -101,12 +101,27 @@ def test_user_defined_tokens_are_kept_whole_and_are_not_special(fields):
   [
     ({"tokenizer.ggml.model": "llama"}, "'gpt-2', 'llama-bpe', 'smollm'"),
     ({"tokenizer.ggml.pre": "tekken"}, "'tekken'.* is not supported"),
+    ({"tokenizer.ggml.pre": ["smollm"]}, r"pre \['smollm'\]\) is not supported"),
     ({"tokenizer.ggml.eos_token_id": None}, "no EOS token"),
+    ({"tokenizer.ggml.eos_token_id": -1}, "eos_token_id is -1, not a whole number below"),
+    ({"tokenizer.ggml.eos_token_id": "2"}, "eos_token_id is '2', not a whole number below"),
+    ({"tokenizer.ggml.add_bos_token": "false"}, "add_bos_token is 'false', not of type bool"),
+    ({"tokenizer.chat_template": 3}, "chat_template is 3, not of type str"),
   ],
 )
 def test_gguf_errors(fields, change, message):
   with pytest.raises(PuzzleError, match=message):
     Tokenizer.from_gguf(fields | change)
+
+
+def test_merges_into_no_token_panic_in_the_library(fields, tmp_path):
+  change = {f"tokenizer.ggml.{key}": value for key, value in (("merges", ["a b"]), ("tokens", ["a", "b"]))}
+  with pytest.raises(PuzzleError, match="the GGUF's tokenizer is damaged"):
+    Tokenizer.from_gguf(fields | change)
+  model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}
+  (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+  with pytest.raises(PuzzleError, match=r"tokenizer\.json is no file of the tokenizers library"):
+    Tokenizer.from_folder(tmp_path)
 
 
 def test_gguf_without_merges(fields):

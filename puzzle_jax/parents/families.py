@@ -28,7 +28,7 @@ Config = Mapping[str, Any]
 FFN_MULTIPLE = 256  # readers of the nemotron-nas dialect round FFN widths up to a multiple of it
 
 _MOST_MULTIPLE = 1_000_000
-_MOST_LAYERS = 10_000  # the file is not trusted: each layer takes memory before any tensor is looked for
+MOST_LAYERS = 10_000  # the file is not trusted: each layer takes memory before any tensor is looked for
 
 
 def _require(config: Config, key: str, *, of: str = "") -> int:
@@ -113,8 +113,8 @@ def _llama(config: Config) -> Architecture:
   heads = "num_key_value_heads"
   kv_heads = shared.num_heads if config.get(heads) is None else _require(config, heads)
   block, layers = BlockSpec(GQA(kv_heads), SwiGLU(_require(config, "intermediate_size"))), "num_hidden_layers"
-  if _require(config, layers) > _MOST_LAYERS:
-    raise PuzzleError(f"config.json: {layers}={config[layers]} is not a number from 1 to {_MOST_LAYERS}")
+  if _require(config, layers) > MOST_LAYERS:
+    raise PuzzleError(f"config.json: {layers}={config[layers]} is not a number from 1 to {MOST_LAYERS}")
   return Architecture(shared, (block,) * config[layers])
 
 

@@ -24,6 +24,15 @@ _KEYS = {
   "attention.layer_norm_rms_epsilon": "rms_norm_eps",
   "rope.freq_base": "rope_theta",
 }
+_FLOATS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # in `deci`
+
+
+def _kinds(architecture: str, key: str) -> tuple[type, ...]:
+  """The types that a value of `_KEYS` may have."""
+  if key in _FLOATS:
+    return (float, int)
+  return (int, list) if architecture == "deci" and key in _BY_LAYER else (int,)
 
 
 class _Reader(gguf.GGUFReader):
@@ -52,9 +61,9 @@ class GGUFFile:
     except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as e:
       raise PuzzleError(f"{path} is truncated or no GGUF file ({e}); download it again") from e
     self.fields: Mapping[str, gguf.ReaderField] = reader.fields
-    self.name = str(self.metadata("general.name") or path.stem)
-    self.license = self.metadata("general.license")
-    if (self.metadata("split.count") or 1) > 1:
+    self.name: str = self.metadata("general.name", str) or path.stem
+    self.license: str | None = self.metadata("general.license", str)
+    if (self.metadata("split.count", int) or 1) > 1:
       raise PuzzleError(f"{path} is one part of several; join them with `llama-gguf-split --merge`")
     self._tensors = {gguf_layout.checkpoint_name(t.name): t for t in reader.tensors}
     self._divisors = self._tensors.pop(ROPE_DIVISORS, None)
@@ -65,12 +74,16 @@ class GGUFFile:
         if (matrix := self._tensors.pop(f"{layer}{OUTPUT}.weight", None)) is not None:  # else it is said to be missing
           self._tensors[f"{layer}{LINEAR_ATTENTION}.weight"] = matrix
 
-  def metadata(self, key: str) -> Any:
-    """A metadata value, None where there is none."""
+  def metadata(self, key: str, *kinds: type) -> Any:
+    """A metadata value, of one of the types if any are given; None where there is none."""
     try:
-      return self.fields[key].contents() if key in self.fields else None
+      value = self.fields[key].contents() if key in self.fields else None
     except ValueError as e:  # text that is not UTF-8
       raise PuzzleError(f"{self.files[0]}: {key} cannot be read ({e}); download it again") from e
+    if value is not None and kinds and type(value) not in kinds:
+      expected = " or ".join(kind.__name__ for kind in kinds)
+      raise PuzzleError(f"{self.files[0]}: {key} is {str(value)[:100]!r}, not of type {expected}; download it again")
+    return value
 
   def tokenizer_metadata(self) -> dict[str, Any]:
     """The metadata of the tokenizer, as `Tokenizer.from_gguf` takes it."""
@@ -92,7 +105,7 @@ class GGUFFile:
     return array
 
   def _read_architecture(self, path: Path) -> Architecture:
-    kind = self.metadata("general.architecture")
+    kind = self.metadata("general.architecture", str)
     known = {f.gguf: model_type for model_type, f in families.FAMILIES.items() if f.gguf}
     if kind not in known:
       raise PuzzleError(f"{path}: GGUF architecture {kind!r} is not supported; supported: {', '.join(known)}")
@@ -101,7 +114,7 @@ class GGUFFile:
         raise PuzzleError(f"{path}: {kind}.{key}={value!r} is not supported")
     config: dict[str, Any] = {"model_type": known[kind]}
     for key, name in _KEYS.items():
-      if (value := self.metadata(f"{kind}.{key}")) is not None:
+      if (value := self.metadata(f"{kind}.{key}", *_kinds(kind, key))) is not None:
         # Floats are stored in 32 bits: take the shortest decimal that rounds to them, 1e-05 for 9.999999747378752e-06.
         config[name] = float(str(np.float32(value))) if isinstance(value, float) else value
     shapes = self.shapes
@@ -109,7 +122,10 @@ class GGUFFile:
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
     config["attention_bias"] = any(name.endswith(".q_proj.bias") for name in shapes)
     config |= self._rope_scaling(path, config) | (_block_configs(path, config) if kind == "deci" else {})
-    architecture = families.read_config(config)
+    try:
+      architecture = families.read_config(config)
+    except PuzzleError as e:
+      raise PuzzleError(f"{path}, its metadata read as a config.json: {e}") from e
     head_dim = architecture.config.head_dim
     for key in ("attention.value_length", "rope.dimension_count"):
       if (value := self.metadata(f"{kind}.{key}")) not in (None, head_dim):
@@ -121,11 +137,14 @@ class GGUFFile:
     if self._divisors is None:
       return {}
     divisors = np.asarray(self._divisors.data, np.float32)
+    wrong = f"{path}: {ROPE_DIVISORS} is not the scaling of Llama-3.x; use the original safetensors"
+    if not (divisors.ndim == 1 and divisors.size and np.isfinite(divisors).all() and divisors.min() > 0):
+      raise PuzzleError(wrong)
     scaling = RopeScaling(
       factor=float(divisors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192
     )
     if not np.allclose(divisors, rope_divisors(scaling, len(divisors), config.get("rope_theta", 1e4)), rtol=1e-4):
-      raise PuzzleError(f"{path}: {ROPE_DIVISORS} is not the scaling of Llama-3.x; use the original safetensors")
+      raise PuzzleError(wrong)
     return {
       "rope_scaling": {
         "rope_type": "llama3",
@@ -139,16 +158,21 @@ class GGUFFile:
 
 def _block_configs(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
   """What config.json says of the layers of llama.cpp's `deci`, where a linear attention has heads but no KV heads."""
-  try:
-    layers = config["num_hidden_layers"]
-    heads, kv_heads, widths = (
-      value if isinstance(value, list) else [value] * layers
-      for value in (config[key] for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
-    )
-  except KeyError as e:
-    raise PuzzleError(f"{path} lacks the metadata for {e}; convert it again with a recent llama.cpp") from None
+  names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+  if missing := [name for name in ("num_hidden_layers", *names) if name not in config]:
+    raise PuzzleError(f"{path} lacks the metadata for {missing[0]!r}; convert it again with a recent llama.cpp")
+  layers = config["num_hidden_layers"]
+  if not 1 <= layers <= families.MOST_LAYERS:
+    raise PuzzleError(f"{path}: num_hidden_layers={layers} is not a number from 1 to {families.MOST_LAYERS}")
+  by_name = {name: config[name] if isinstance(config[name], list) else [config[name]] * layers for name in names}
+  for name, values in by_name.items():
+    if len(values) != layers or not all(type(value) is int and value >= 0 for value in values):
+      raise PuzzleError(f"{path}: {name} is {str(values)[:100]}; {layers} whole numbers are needed, one a layer")
+  heads = by_name["num_attention_heads"]
   blocks = []
-  for n, k, f in zip(heads, kv_heads, widths, strict=True):
+  for i, (n, k, f) in enumerate(zip(*by_name.values(), strict=True)):
+    if k and (n % k or n != max(heads)):
+      raise PuzzleError(f"{path}: layer {i} has {n} query and {k} KV heads where others have {max(heads)} query heads")
     attention = {"no_op": n == 0, "replace_with_linear": n > 0 and k == 0, "n_heads_in_group": n // k if k else None}
     ffn = {"no_op": f == 0, "replace_with_linear": False, "intermediate_size": f}
     blocks.append({"attention": attention, "ffn": ffn})
