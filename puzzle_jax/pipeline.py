@@ -233,6 +233,7 @@ def run(
       held.enter_context(this.workdir.lock())
       check_identity(this)
       if todo := [s for s in wanted if status(s, this, this.store(s.name))]:
+        preflight.check_mesh(this, [s.name for s in todo if s.together])
         _check_resources(this, todo)
       write_json(this.workdir.root / "config.json", config.to_dict())
       this.workdir.append("launches.jsonl", launch_record(wanted=[s.name for s in wanted]))

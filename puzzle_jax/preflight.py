@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 
+from puzzle_jax import mesh
 from puzzle_jax.costs import CostTable, check_target, jax_timing, other_version
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import suite, tasks
@@ -40,6 +42,34 @@ def check(run: Run) -> None:
     raise PuzzleError(
       "evaluation.prompts are chat messages, and the parent's tokenizer has no chat template; set "
       "--config.evaluation.prompts='()', or use an instruct parent"
+    )
+
+
+def check_mesh(run: Run, stages: Collection[str]) -> None:
+  """Refuses a mesh on which one of these stages, all made on it, could not run; says where it would be idle.
+
+  Others may have been made on other meshes.
+
+  Raises:
+    PuzzleError: other devices than there are, or batches that `mesh.data` does not divide.
+  """
+  if not stages:
+    return
+  config = run.config
+  mesh.build(config.mesh)
+  data, rows = config.mesh.data, {"library": ("bld.batch_rows", config.bld.batch_rows)}
+  if config.coupled.wanted:
+    rows["coupled"] = ("coupled.bld.batch_rows", config.coupled.bld.batch_rows)
+  for stage, (name, number) in rows.items():
+    if stage in stages and number % data:
+      raise PuzzleError(
+        f"mesh.data={data} does not divide {name}={number}, and each device keeps its rows of a batch; set {name} to a "
+        f"multiple of {data}, or mesh.data to a divisor of {number}"
+      )
+  if "gkd" in stages and config.gkd.steps and config.gkd.batch_rows % data:
+    run.progress.say(
+      f"warning: mesh.data={data} does not divide gkd.batch_rows={config.gkd.batch_rows}: each device will compute and "
+      f"hold the whole batch; set gkd.batch_rows to a multiple of {data}, or run gkd by itself on another mesh"
     )
 
 

@@ -21,13 +21,14 @@ from tiny_costs import write_costs
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import bld, memory, metrics, plan, preemption, stages, surgery
+from puzzle_jax import bld, memory, mesh, metrics, plan, preemption, stages, surgery
 from puzzle_jax.arch import BlockSpec, Subblock
 from puzzle_jax.bld import CoupledConfig
 from puzzle_jax.cleaning import clean
 from puzzle_jax.config import RunConfig
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.library import Library
+from puzzle_jax.mesh import MeshConfig
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.needs import needs
 from puzzle_jax.pipeline import STAGES
@@ -619,7 +620,11 @@ def test_an_unreachable_target_is_refused_before_distillation(config: RunConfig,
 
 
 def test_bad_input_is_refused_before_work(
-  config: RunConfig, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+  config: RunConfig,
+  copy: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
 ) -> None:
   other = tmp_path / "other"
   tiny_parent.write(other, seed=1)
@@ -628,6 +633,19 @@ def test_bad_input_is_refused_before_work(
   table = dataclasses.replace(config.costs, table="nowhere.json")
   with pytest.raises(puzzle_jax.PuzzleError, match=r"costs.table='nowhere.json' is no file"):
     puzzle_jax.run(dataclasses.replace(config, costs=table), tmp_path / "a", quiet=True)
+  uneven = dataclasses.replace(config, mesh=MeshConfig(data=3))
+  with monkeypatch.context() as patched:
+    patched.setattr(mesh, "build", lambda config: mesh.one_device())
+    with pytest.raises(puzzle_jax.PuzzleError, match=r"mesh.data=3 does not divide bld.batch_rows=4.*multiple of 3"):
+      puzzle_jax.run(uneven, tmp_path / "uneven", quiet=True)
+    assert not (tmp_path / "uneven" / "data").exists()
+    with pytest.raises(puzzle_jax.PuzzleError, match="stage gkd needs data, which is not done"):  # gkd could run on it
+      puzzle_jax.run(uneven, tmp_path / "uneven", stages=["gkd"])
+    assert "warning: mesh.data=3 does not divide gkd.batch_rows=2" in capsys.readouterr().err
+    puzzle_jax.run(uneven, copy, quiet=True)  # was made on another mesh
+  with pytest.raises(puzzle_jax.PuzzleError, match=r"mesh: data=64 x .* are 64 devices and there are"):
+    puzzle_jax.run(dataclasses.replace(config, mesh=MeshConfig(data=64)), tmp_path / "many", quiet=True)
+  assert not (tmp_path / "many" / "data").exists()
   with Workdir(tmp_path / "held").lock(), pytest.raises(puzzle_jax.PuzzleError, match="is in use by process"):
     puzzle_jax.run(config, tmp_path / "held", quiet=True)
   usage = shutil.disk_usage(tmp_path)

@@ -222,6 +222,17 @@ def wrong_stage(said: Said) -> str:
 
 
 @case
+def mesh_without_devices(said: Said) -> str:
+  return said("--config.mesh.data=64", "--config.bld.batch_rows=64")
+
+
+@case
+def mesh_that_divides_no_batch(said: Said, monkeypatch: Patch) -> str:
+  monkeypatch.setattr("puzzle_jax.mesh.build", lambda config: None)  # as if there were as many devices
+  return said("--config.mesh.data=3")
+
+
+@case
 def stage_without_inputs(said: Said) -> str:
   return said("--stages=search")
 
