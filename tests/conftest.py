@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from jax.extend import core
+from xla_flags import QUICK
 
 from puzzle_jax import preemption
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
@@ -26,6 +27,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
   for name, value in (("compilation_cache_dir", _programs.name), ("persistent_cache_min_compile_time_secs", 0.05)):
     jax.config.update(f"jax_{name}", value)
     os.environ[f"JAX_{name.upper()}"] = str(value)  # of all other processes
+  os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()  # one's own come last and win
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the oracles are tiny, and the tests run in parallel
 
