@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from puzzle_jax.library import Library
 from puzzle_jax.store import StageStore, Workdir
 
 STAGES = ("data", "costs", "activations", "library", "scores", "search", "coupled", "child", "gkd")
+LAYERS = 2
 
 
 def free_port() -> int:
@@ -63,15 +63,13 @@ def together(count: int, command: list[str]) -> list[subprocess.CompletedProcess
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("processes")
-  tiny_parent.write(folder / "parent")
+  tiny_parent.write(folder / "parent", layers=LAYERS)
   write_costs(folder / "costs.json", str(folder / "parent"))
   write_text(folder / "text.jsonl")
   return folder
 
 
-def command(
-  folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str, more: Sequence[str]
-) -> list[str]:
+def command(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str) -> list[str]:
   """Of a run in so many processes, whose devices lie along an axis of the mesh."""
   return [
     "-m",
@@ -83,21 +81,22 @@ def command(
     f"--config.mesh.{axis}={count}",
     "--config.activations.dtype=float32",
     "--config.activations.tier=disk",
-    "--config.space.attention=('gqa','linear')",
-    "--config.space.ffn=(0.5,'none')",
+    "--config.space.attention=('linear',)",
+    "--config.space.ffn=(0.5,)",
     "--config.bld.steps=3",
+    "--config.search.refine_rounds=1",
+    "--config.coupled.blocks=('linear/w32',)",
+    "--config.coupled.bld.batch_rows=4",
+    "--config.coupled.bld.steps=3",
     "--config.gkd.steps=3",
     f"--workdir={folder / name}",
     f"--stages={','.join(stages)}",
-    *more,
   ]
 
 
-def run(
-  folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str = "data", more: Sequence[str] = ()
-) -> Path:
+def run(folder: Path, name: str, count: int, stages: tuple[str, ...], *, axis: str = "data") -> Path:
   """The work directory of a run that ends well."""
-  ends = together(count, command(folder, name, count, stages, axis=axis, more=more))
+  ends = together(count, command(folder, name, count, stages, axis=axis))
   for end in ends:
     assert end.returncode == 0, end.stderr[-3000:]
   assert all(end.stderr.strip() == "" for end in ends[1:])  # process 0 alone says how it goes
@@ -107,7 +106,7 @@ def run(
 @pytest.fixture(scope="module")
 def alone(folder):
   """The work directory of a run in one process."""
-  return Workdir(run(folder, "1", 1, STAGES))
+  return Workdir(run(folder, "1", 1, (*STAGES, "evaluation")))
 
 
 ASKED = """
@@ -145,13 +144,12 @@ def preempted(folder):
   for asked in ("1 in step 5 of library", "0 in step 2 of gkd", "none"):
     with pytest.MonkeyPatch.context() as patch:
       patch.setenv("ASKED", asked)
-      ends = together(2, ["-c", ASKED, *command(folder, "2", 2, STAGES, axis="data", more=())[2:]])
+      ends = together(2, ["-c", ASKED, *command(folder, "2", 2, STAGES, axis="data")[2:]])
     for end in ends:
       assert end.returncode == (0 if asked == "none" else preemption.EXIT_CODE), end.stderr[-3000:]
       done.append([int(n) for n in end.stdout.split()[-2:]])
-  assert (
-    done == [[5, 0]] * 2 + [[7, 2]] * 2 + [[0, 1]] * 2
-  )  # of four layers' and the child's, three each: nothing twice
+  # Of two layers' and their pairs' and of the child's, three each: nothing twice.
+  assert done == [[5, 0]] * 2 + [[1 + LAYERS * 3, 2]] * 2 + [[0, 1]] * 2
   return folder / "2"
 
 
@@ -164,13 +162,13 @@ def ended(folder, alone, request):
 
 def test_the_library_is_that_of_one_process(ended):
   one, several = (Library(workdir.stage("library")) for workdir in ended)
-  for layer in range(4):
+  for layer in range(LAYERS):
     for name, losses in one.losses(layer).items():
       assert several.losses(layer)[name] == pytest.approx(losses, rel=1e-5, abs=1e-7), f"{layer} {name}"
 
 
 def compare_scores(one: StageStore, several: StageStore, folder: str = "") -> None:
-  for layer in range(4):
+  for layer in range(LAYERS):
     expected, found = (store.get_json(f"{folder}layer_{layer:02d}.json")["blocks"] for store in (one, several))
     assert found.keys() == expected.keys()
     for block, scores in expected.items():
@@ -183,16 +181,13 @@ def test_the_scores_are_those_of_one_process(ended):
   compare_scores(*(workdir.stage("scores") for workdir in ended))
 
 
-def test_blocks_scored_in_the_child_and_pairs_are_those_of_one_process(folder, alone):
-  more, found = ["--config.search.refine_rounds=1", "--config.coupled.blocks=('linear/w32',)"], []
-  for count in (1, 2):
-    shutil.copytree(alone.root, folder / f"refined_{count}")
-    found.append(Workdir(run(folder, f"refined_{count}", count, ("search", "coupled"), more=more)))
-  one, several = (workdir.stage("search").get_json("solution_0.json")["rounds"] for workdir in found)
+def test_blocks_scored_in_the_child_and_pairs_are_those_of_one_process(ended):
+  one, several = (workdir.stage("search").get_json("solution_0.json")["rounds"] for workdir in ended)
+  assert one
   for expected, other in zip(one, several, strict=True):
     assert other == {**expected, "kl": pytest.approx(expected["kl"]), "stderr": pytest.approx(expected["stderr"])}
-  stores = [workdir.stage("coupled") for workdir in found]
-  for layer in range(4):
+  stores = [workdir.stage("coupled") for workdir in ended]
+  for layer in range(LAYERS):
     expected, other = (Library(store).losses(layer)["linear/w32"] for store in stores)
     assert other == pytest.approx(expected, rel=1e-5, abs=1e-7)
   compare_scores(*stores, "scores/")
@@ -215,10 +210,9 @@ def test_the_child_is_that_of_one_process(ended):
 def test_the_evaluation_is_that_of_one_process(folder, alone):
   """Of models whose weights are cut over the devices of both."""
   shutil.copytree(alone.root, folder / "cut")
-  found = []
-  for name, count in (("1", 1), ("cut", 2)):
-    workdir = Workdir(run(folder, name, count, ("evaluation",), axis="model"))
-    found.append(workdir.stage("evaluation").get_json("evaluation.json"))
+  shutil.rmtree(folder / "cut" / "evaluation")
+  workdirs = (alone, Workdir(run(folder, "cut", 2, ("evaluation",), axis="model")))
+  found = [workdir.stage("evaluation").get_json("evaluation.json") for workdir in workdirs]
   for quality in ("before_gkd", "after_gkd"):
     assert found[1][quality] == pytest.approx(found[0][quality], rel=1e-5, abs=1e-7)
   assert found[1]["samples"] == found[0]["samples"]
