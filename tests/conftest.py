@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     jax.config.update(f"jax_{name}", value)
     os.environ[f"JAX_{name.upper()}"] = str(value)  # of all other processes
   os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()  # one's own come last and win
+  os.environ.setdefault("OMP_NUM_THREADS", "1")  # as below, of all other processes
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the oracles are tiny, and the tests run in parallel
 
