@@ -122,6 +122,15 @@ def test_models_side_by_side(parent, tmp_path, quiet, monkeypatch):
     _ = dataclasses.replace(engine, tensor_parallel=4).side_by_side
 
 
+def test_steps_are_those_in_which_all_requests_decode():
+  """Prompts read in three steps: the first answer of seven tokens ends two steps before the last."""
+  point = {"settle": 1, "steps": 4}
+  came = [10.0, 20.0, 30.0, 31.0, 32.0, 33.0, 34.0, 44.0, 54.0]
+  assert vllm_worker._step_seconds([came], 7, point) == {"seconds": [pytest.approx(1.0)]}
+  (why,) = vllm_worker._step_seconds([came], 5, point).values()
+  assert why == "5 steps read the prompts, which leaves too few for all to decode"
+
+
 def test_the_schedule_of_attention_is_that_of_the_layers_own_kv_heads(monkeypatch):
   class Builder:
     def __init__(self, kv_cache_spec: Any, model_kv_heads: int):

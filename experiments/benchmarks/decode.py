@@ -28,7 +28,7 @@ from puzzle_jax.arch import Architecture
 from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import known
-from puzzle_jax.serving import torch_attention, torch_engine
+from puzzle_jax.serving import torch_attention, torch_engine, vllm_timing
 from puzzle_jax.serving.torch_engine import Cache, RandomWeights, Session
 from puzzle_jax.store import write_json
 
@@ -106,8 +106,7 @@ def vllm_step(given: dict[str, Any], parent: Architecture) -> float:
   depths = sorted({int(p["model"].rsplit(" ", 1)[1]) for p in points})
   steps = []
   for depth in depths:
-    # The middle of the steps that are timed lies behind the prompt (`vllm_timing.Plan.lead`).
-    lead = 1.5 * given["details"]["timing"]["decode_steps"] + 0.5
+    lead = vllm_timing.lead(given["details"]["timing"]["decode_steps"])
     line = sorted((p["tokens"] + lead, p["seconds"]) for p in points if p["model"] == f"{name}{depth}")
     contexts, seconds = [c for c, _ in line], [s for _, s in line]
     if not contexts[0] <= _CONTEXT.value <= contexts[-1]:

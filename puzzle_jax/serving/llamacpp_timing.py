@@ -164,7 +164,7 @@ class _Model:
 
     self._scenario, self._whole = scenario, whole
     self._steps = min(config.decode_steps, max(1, scenario.output_tokens // 2))
-    threads = {"n_threads": config.threads, "n_threads_batch": config.threads}
+    threads: dict[str, Any] = {"n_threads": config.threads, "n_threads_batch": config.threads}
     # Flash attention is what llama.cpp's own programs choose; without it, caches are padded to the widest layer's.
     self._model = llama_cpp.Llama(str(file), n_ctx=scenario.tokens + 1, flash_attn=True, verbose=False, **threads)
 

@@ -88,9 +88,9 @@ class Measured:
   points: tuple[dict[str, Any], ...]
   wall_s: float
 
-  def seconds(self, point: Point, name: str = "seconds") -> list[float] | None:
-    """By round, of what the worker calls so; None where the point could not be reached."""
-    return self._line(point).get(name)
+  def seconds(self, point: Point) -> list[float] | None:
+    """By round; None where the point could not be reached."""
+    return self._line(point).get("seconds")
 
   def tokens(self, point: Point) -> list[list[int]]:
     """Of a `continue` point; raises PuzzleError where that failed."""

@@ -37,6 +37,7 @@ from puzzle_jax.space import Space
 
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
+SETTLE = 4  # steps of a batch before those that are timed
 _FULL, _HALF, _EMPTY = range(3)  # of `timed_models`
 
 
@@ -48,7 +49,7 @@ class TimingConfig:
     dtype: of the weights, one of `hf_export.DTYPES`.
     layers: of the models that subblocks are timed in; half of them are the parent's own.
     rounds: of each point; the mean of the faster half counts.
-    decode_steps: in one timing; behind as many that are not timed.
+    decode_steps: in one timing; behind `SETTLE` that are not timed.
     ffn_widths: how many of the space's FFN widths are timed, the others being interpolated; 0: all.
     passes: over all models.
   """
@@ -63,6 +64,11 @@ class TimingConfig:
   def __post_init__(self) -> None:
     if self.layers < 6 or self.rounds < 1 or self.decode_steps < 1 or self.passes < 1 or self.ffn_widths < 0:
       raise PuzzleError(f"layers >= 6, rounds, decode_steps and passes >= 1 are needed; got {self}")
+
+
+def lead(decode_steps: int) -> float:
+  """Tokens from a prompt's end to the middle of the steps that are timed."""
+  return SETTLE + (decode_steps + 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Plan:
     return {"kind": "prefill", "batch": batch, "tokens": tokens, "rounds": self.config.rounds}
 
   def decode(self, batch: int, context: int) -> Point:
-    timing = {"steps": self.config.decode_steps, "rounds": self.config.rounds}
+    timing = {"settle": SETTLE, "steps": self.config.decode_steps, "rounds": self.config.rounds}
     return {"kind": "decode", "batch": batch, "tokens": context} | timing
 
   def whole(self, batch: int, scenario: Scenario) -> Point:
@@ -92,8 +98,7 @@ class Plan:
 
   @property
   def lead(self) -> float:
-    """Tokens from a prompt's end to the middle of the steps that are timed."""
-    return 1.5 * self.config.decode_steps + 0.5
+    return lead(self.config.decode_steps)
 
   @property
   def contexts(self) -> list[int]:
@@ -128,7 +133,7 @@ class Plan:
   @property
   def longest(self) -> int:
     """Tokens of the longest request."""
-    return max(*(s.tokens for s in self.scenarios), self.contexts[-1] + 2 * self.config.decode_steps + 1)
+    return max(*(s.tokens for s in self.scenarios), self.contexts[-1] + 1 + SETTLE + self.config.decode_steps)
 
 
 def measure(
@@ -268,21 +273,15 @@ def _same_machine(found: Mapping[str, Sequence[Measured]], folder: Path) -> dict
   }
 
 
-def _mean(passes: Sequence[Measured], point: Point, name: str = "seconds") -> float | None:
+def _mean(passes: Sequence[Measured], point: Point) -> float | None:
   """Of the faster half of all rounds; None if it was not reached each time."""
-  rounds = [m.seconds(point, name) for m in passes]
+  rounds = [m.seconds(point) for m in passes]
   return quiet_mean([s for r in rounds for s in r or ()]) if all(rounds) else None
-
-
-def _step(passes: Sequence[Measured], point: Point) -> float | None:
-  """Seconds of a decode step; None if it was not reached."""
-  fewer, more = (_mean(passes, point, name) for name in ("fewer", "more"))
-  return None if fewer is None or more is None else (more - fewer) / point["steps"]
 
 
 def _decode_s(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> float | None:
   """Seconds behind the first token: a step a token, each at its context."""
-  steps = {c: _step(passes, plan.decode(batch, c)) for c in plan.contexts}
+  steps = {c: _mean(passes, plan.decode(batch, c)) for c in plan.contexts}
   known = {c + plan.lead: s for c, s in steps.items() if s is not None}
   if not known or (len(known) < len(steps) and max(known) < scenario.tokens):
     return None
@@ -345,17 +344,16 @@ def _points(
   points = []
   for name in models:
     for point in plan.parts:
-      whole = "more" if point["kind"] == "decode" else "seconds"
-      rounds = [s for m in found[name] for s in m.seconds(point, whole) or ()]
+      rounds = [s for m in found[name] for s in m.seconds(point) or ()]
       if not rounds:
         continue
-      seconds = _step(found[name], point) if point["kind"] == "decode" else quiet_mean(rounds)
+      seconds = quiet_mean(rounds)
       line = {"model": name} | {k: point[k] for k in ("kind", "batch", "tokens")}
-      line |= {"seconds": seconds, "spread": statistics.pstdev(rounds) / quiet_mean(rounds)}
+      line |= {"seconds": seconds, "spread": statistics.pstdev(rounds) / seconds}
       if point["kind"] == "decode" and point["tokens"] in plan.contexts[1:-1]:
         ends = (plan.contexts[0], plan.contexts[-1])
-        first, last = (_step(found[name], plan.decode(point["batch"], c)) for c in ends)
-        if first is not None and last is not None and seconds is not None:
+        first, last = (_mean(found[name], plan.decode(point["batch"], c)) for c in ends)
+        if first is not None and last is not None:
           line["affine_residual"] = float(np.interp(point["tokens"], ends, [first, last])) / seconds - 1
       points.append(line)
   return points

@@ -7,10 +7,9 @@ appended to the job's file of results as one JSON line, so that a worker that wa
 
 What is timed is from token ids to token ids, with the engine's own process and scheduler, from the moment at which all
 requests are there: a closed batch. Requests are random tokens, each another: equal prompts would share their KV cache.
-`prefill`: a batch of new prompts until all have their first token. `decode`: the same prompts twice, the engine
-remembering them (prefix caching), with `steps` tokens behind the first and with twice as many: the difference is steps
-of the whole batch, whatever it takes to begin. `scenario`: a whole one. `continue`: the greedy continuation of given
-prompts, no timing.
+`prefill`: a batch of new prompts until all have their first token. `decode`: of prompts that the engine remembers
+(prefix caching), `steps` of the whole batch, behind `settle` others: from when the tokens of one come to when those of
+another do. `scenario`: a whole one. `continue`: the greedy continuation of given prompts, no timing.
 """
 
 import importlib.util
@@ -52,16 +51,21 @@ class Engine:
       "load_s": time.perf_counter() - begin,
     }
 
-  def generate(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
-    """The likeliest continuation of each prompt, so many tokens; and the seconds from when all are there."""
+  def generate(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], list[float]]:
+    """The likeliest continuation of each prompt, so many tokens; and the seconds from when all are there to when each
+    step's tokens come."""
     params = self._params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     self._llm.sleep(level=0)
     self._llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     assert self._llm.llm_engine.is_sleeping()  # answered behind the requests, which are hashed on their way
+    engine, outputs, came = self._llm.llm_engine, [], []
     begin = time.perf_counter()
     self._llm.wake_up(["scheduling"])
-    outputs = self._llm.wait_for_completion(use_tqdm=False)
-    return [list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - begin
+    while engine.has_unfinished_requests():  # as LLM.wait_for_completion does
+      outputs += [output for output in engine.step() if output.finished]
+      came.append(time.perf_counter() - begin)
+    outputs.sort(key=lambda output: int(output.request_id))
+    return [list(o.outputs[0].token_ids) for o in outputs], came
 
   def close(self) -> None:
     """Ends vLLM's own process: the next model finds the GPU's memory free."""
@@ -113,9 +117,7 @@ class Prompts:
 
 
 def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> dict[str, Any]:
-  """A point's seconds by round, or tokens; what does not fit the KV cache is said to.
-
-  Of `decode` there are two lists, `fewer` and `more`: of so many steps, and of twice as many.
+  """A point's seconds by round (of `decode`: of a step), or tokens; what does not fit the KV cache is said to.
 
   Args:
     engine: with `about` and `generate`.
@@ -126,20 +128,29 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
   if point["kind"] == "continue":
     return {"tokens": engine.generate(point["prompts"], point["output"])[0]}
   batch, length = point["batch"], point["tokens"]
-  longest = length + point.get("output", 1) + 2 * point.get("steps", 0)
+  tokens = {"prefill": 1, "decode": 1 + point.get("settle", 0) + point.get("steps", 0)}.get(point["kind"])
+  tokens = tokens or point["output"]
   block, room = engine.about["kv_block_tokens"], engine.about["kv_cache_tokens"]
-  need = batch * -(-longest // block) * block
+  need = batch * -(-(length + tokens) // block) * block
   if need > room:
     return {"unreachable": f"the KV cache holds {room} tokens, {need} are needed"}
   if point["kind"] == "decode":
     repeated = prompts(batch, length, 0)  # shorter contexts of the batch come first: their tokens are remembered
     engine.generate(repeated, 1)
-    counts = {"fewer": 1 + point["steps"], "more": 1 + 2 * point["steps"]}
-    rounds = [{name: engine.generate(repeated, n)[1] for name, n in counts.items()} for _ in range(point["rounds"])]
-    return {name: [r[name] for r in rounds] for name in counts}
-  tokens = point["output"] if point["kind"] == "scenario" else 1
-  times = [engine.generate(prompts(batch, length, mark + i), tokens if i else 1)[1] for i in range(point["rounds"] + 1)]
-  return {"seconds": times[1:]}  # the first warms up
+    return _step_seconds([engine.generate(repeated, tokens)[1] for _ in range(point["rounds"])], tokens, point)
+  times = [engine.generate(prompts(batch, length, mark + i), tokens if i else 1) for i in range(point["rounds"] + 1)]
+  return {"seconds": [came[-1] for _, came in times[1:]]}  # the first warms up
+
+
+def _step_seconds(rounds: list[list[float]], tokens: int, point: dict[str, Any]) -> dict[str, Any]:
+  """Of a step in which all requests decode: behind the last prompt and before the first answer's end."""
+  found = []
+  for came in rounds:
+    first = len(came) - tokens + point["settle"]  # all prompts are read in so many steps more than the answers have
+    if tokens - 1 - first < point["steps"] / 2:
+      return {"unreachable": f"{len(came) - tokens + 1} steps read the prompts, which leaves too few for all to decode"}
+    found.append((came[tokens - 1] - came[first]) / (tokens - 1 - first))
+  return {"seconds": found}
 
 
 def work(job: dict[str, Any], make: Any = Engine) -> None:

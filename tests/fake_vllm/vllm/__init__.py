@@ -52,6 +52,8 @@ class LLM:
     scheduler = types.SimpleNamespace(max_num_batched_tokens=64)
     self.llm_engine = types.SimpleNamespace(
       is_sleeping=lambda: self.asleep,
+      has_unfinished_requests=lambda: bool(self.queued),
+      step=self.step,
       engine_core=types.SimpleNamespace(shutdown=lambda: None),
       vllm_config=types.SimpleNamespace(cache_config=cache, scheduler_config=scheduler),
     )
@@ -68,28 +70,42 @@ class LLM:
     assert not use_tqdm
     assert params.ignore_eos
     assert self.asleep
-    self.queued = [prompts, params]
+    self.queued = [prompts, params, 0]
 
-  def wait_for_completion(self, *, use_tqdm: bool) -> list:
-    assert not use_tqdm
+  def step(self) -> list:
+    """Reads all prompts at first; then a token of each."""
     assert not self.asleep
-    prompts, params = self.queued
+    prompts, params, k = self.queued
+    if k == 0:
+      self.begin([p["prompt_token_ids"] for p in prompts], params)
+    else:
+      context = len(prompts[0]["prompt_token_ids"]) + k
+      NOW[0] += TABLE["fixed"] + len(prompts) * sum(
+        TABLE["step"][n] + TABLE["per_token"].get(n, 0.0) * context for n in self.names
+      )
+    self.queued[2] += 1
+    if k + 1 < params.max_tokens:
+      return []
+    self.queued = []
+    answers = [
+      [(sum(p["prompt_token_ids"]) + i) % self.vocab for i in range(params.max_tokens)] for p in reversed(prompts)
+    ]
+    return [
+      types.SimpleNamespace(
+        finished=True, request_id=str(len(answers) - i), outputs=[types.SimpleNamespace(token_ids=answer)]
+      )
+      for i, answer in enumerate(answers)
+    ]
+
+  def begin(self, prompts: list[list[int]], params: SamplingParams) -> None:
     self.calls += 1
     if MODE == "dies" and self.calls == 5 and not Path(ARGUMENT).exists():
       Path(ARGUMENT).touch()
       os.kill(os.getpid(), signal.SIGKILL)
     if MODE == "batch" and len(prompts) >= int(ARGUMENT):
       raise RuntimeError("CUDA out of memory")
-    answers = []
-    for prompt in (p["prompt_token_ids"] for p in prompts):
+    for prompt in prompts:
       assert len(prompt) + params.max_tokens <= self.longest
       known = self.remembered.get(tuple(prompt[:3]), 0)
       NOW[0] += max(len(prompt) - known, 0) * (TABLE["fixed"] + sum(TABLE["step"][n] for n in self.names))
       self.remembered[tuple(prompt[:3])] = max(known, len(prompt))
-      answers.append([(sum(prompt) + i) % self.vocab for i in range(params.max_tokens)])
-    for k in range(1, params.max_tokens):
-      context = len(prompts[0]["prompt_token_ids"]) + k
-      NOW[0] += TABLE["fixed"] + len(prompts) * sum(
-        TABLE["step"][n] + TABLE["per_token"].get(n, 0.0) * context for n in self.names
-      )
-    return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=answer)]) for answer in answers]
