@@ -27,7 +27,6 @@ from puzzle_jax import data, search
 from puzzle_jax.config import RunConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import quality, suite
-from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.runs import Run
 from puzzle_jax.search import Limits
@@ -62,8 +61,8 @@ def by_block(
   child: LanguageModel, parent: LanguageModel, packed: data.PackedText, *, batch_rows: int
 ) -> dict[str, list[float]]:
   """`quality.by_row`, some neighbouring rows together: they can be of one document."""
-  pair = [(m.architecture, decoder.stacked(m.architecture, m.params)) for m in (child, parent)]
-  sums = quality.by_row(pair[0], pair[1], packed, batch_rows=batch_rows)
+  ours, theirs = ((m.architecture, m.params) for m in (child, parent))
+  sums = quality.by_row(ours, theirs, packed, batch_rows=batch_rows)
   starts = np.arange(0, packed.num_rows, BLOCK)
   return {k: [float(f"{x:.7g}") for x in np.add.reduceat(values, starts)] for k, values in sums.items()}
 

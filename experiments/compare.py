@@ -21,7 +21,6 @@ from puzzle_jax import gkd, refine, search
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.costs import jax_timing
 from puzzle_jax.evaluation import quality
-from puzzle_jax.model import decoder
 from puzzle_jax.progress import Progress
 from puzzle_jax.refine import Children
 from puzzle_jax.runs import Run, versions
@@ -60,12 +59,12 @@ METHODS: dict[str, Method] = {
 def evaluate(run: Run, children: Children, solution: Solution) -> dict[str, Any]:
   """The child before and after global distillation, held against the parent."""
   parent = run.parent_model
-  teacher = (parent.architecture, decoder.stacked(parent.architecture, parent.params))
+  teacher = (parent.architecture, parent.params)
   architecture = Architecture(parent.architecture.config, tuple(map(BlockSpec.parse, solution.blocks)))
   params = parent.params | {"layers": [weights for _, weights in children.blocks(solution.blocks)]}
 
   def measure(params: Any) -> dict[str, float]:
-    child = (architecture, jax.device_put(decoder.stacked(architecture, params)))
+    child = (architecture, jax.device_put(params))
     return quality.compare(child, teacher, run.packed("eval"), batch_rows=run.config.evaluation.batch_rows)
 
   before = measure(params)
@@ -73,7 +72,7 @@ def evaluate(run: Run, children: Children, solution: Solution) -> dict[str, Any]
   with temporary_folder() as folder:
     trained, history = gkd.train(
       (architecture, params),
-      (parent.architecture, parent.params),
+      teacher,
       run.packed("gkd"),
       config=config,
       heldout=run.packed("heldout"),

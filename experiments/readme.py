@@ -374,6 +374,24 @@ def vllm_costs() -> str:
   return f"{heading}\n\n{_table(['scenario', 'model', 'tokens/s, in and out', 'predicted', 'limit'], rows)}"
 
 
+def llamacpp_costs() -> str:
+  """Whole models in llama.cpp: speed of prefill and decoding measured, and predicted by the cost table."""
+  record = _record("costs_llamacpp_smollm2_135m")
+  details, rows = record["details"], []
+  for child in details["children"]:
+    scenario = next(s for s in record["scenarios"] if s["name"] == child["scenario"])
+    cells = []
+    for phase, tokens in (("prefill_s", scenario["input_tokens"]), ("decode_s", scenario["output_tokens"])):
+      cells += [f"{tokens / child[phase]:,.1f}", f"{child[phase] / child['predicted'][phase] - 1:+.1%}"]
+    rows.append([f"{child['scenario']}, {child['model']}", f"{child['bytes'] / 2**20:.1f}", *cells])
+  heading = (
+    f"`{details['command']}`, {record['hardware']}, {details['date']}, llama-cpp-python "
+    f"{record['versions']['llama-cpp-python']}, {details['timing']['dtype']}."
+  )
+  header = ["scenario, model", "MiB", "prompt, tokens/s", "predicted", "answer, tokens/s", "predicted"]
+  return f"{heading}\n\n{_table(header, rows)}"
+
+
 def ablations() -> str:
   """What each choice of the paper is worth at this scale."""
   record = _record("ablations")
@@ -445,6 +463,7 @@ _WRITERS = (
   library_variants,
   engine_fidelity,
   vllm_costs,
+  llamacpp_costs,
   ablations,
   flagship,
   flagship_shipped,

@@ -99,7 +99,7 @@ def test_embedded_parent():
   with torch.no_grad():
     theirs = llama(torch.tensor(tokens)).logits.numpy()
   architecture, params = read(parent)
-  model = architecture, stacked(architecture, params)
+  model = architecture, params
   np.testing.assert_allclose(logits(*model, tokens), theirs, rtol=0, atol=1e-3)
   packed = data.PackedText(tokens, np.ones_like(tokens), np.arange(tokens.size, dtype=np.int32)[None])
   figures = quality.compare(model, model, packed, batch_rows=1)
