@@ -21,7 +21,7 @@ CHAT = Scenario("chat", 20, 30)
 FIXED, PREFILL_TOKEN = 0.125, 0.25  # seconds of a step; of a prefill's token, by those of a step
 STEP = {"gqa4": 3.0, "gqa1": 2.0, "linear": 1.0, "none": 0.0, "w512": 8.0, "w256": 5.0}
 PER_TOKEN = {"gqa4": 0.04, "gqa1": 0.01}  # and of the context, for each token in it
-CONFIG = TimingConfig(layers=6, rounds=3, decode_steps=4)
+CONFIG = TimingConfig(layers=6, rounds=3)
 
 
 class Clock:
@@ -93,7 +93,7 @@ def test_differences_recover_what_each_subblock_costs(parent, quiet):
 
 @pytest.mark.usefixtures("engine")
 def test_refusals(parent, quiet, monkeypatch):
-  with pytest.raises(PuzzleError, match="layers >= 6, rounds, decode_steps and threads >= 1 are needed"):
+  with pytest.raises(PuzzleError, match="layers >= 6, rounds and threads >= 1 are needed"):
     TimingConfig(layers=5)
   whole = space.build(parent.architecture, attention=[], ffn=["linear"], ffn_multiple=8)
   with pytest.raises(PuzzleError, match=r"llama.cpp: layers 1, 2, 3, 4: linear in .*--config.space.engine=llama_cpp"):

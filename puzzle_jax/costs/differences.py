@@ -34,11 +34,13 @@ class Fit:
 
 
 def fit(models: Sequence[Sequence[BlockSpec]], seconds: Sequence[float]) -> Fit:
-  """The non-negative parts that explain the seconds of models, given by their layers, best by relative error."""
+  """The non-negative parts that explain the seconds of models, given by their layers, by least squares.
+
+  Of seconds, not of shares: where they do not quite add up, what is as large as a child shall come out right.
+  """
   counts = [[s for block in blocks for s in block.subblocks] for blocks in models]
   parts = sorted({s for c in counts for s in c if not isinstance(s, (NoAttention, NoFFN))}, key=lambda s: s.id)
   matrix = np.array([[1, *(c.count(s) for s in parts)] for c in counts], float)
-  weight = 1 / np.array(seconds)
-  found, _ = scipy.optimize.nnls(matrix * weight[:, None], np.ones(len(models)))
-  residuals = (matrix @ found * weight - 1).tolist()
+  found, _ = scipy.optimize.nnls(matrix, np.array(seconds))
+  residuals = (matrix @ found / np.array(seconds) - 1).tolist()
   return Fit(float(found[0]), dict(zip(parts, found[1:].tolist(), strict=True)), tuple(residuals))

@@ -1,9 +1,12 @@
 """Costs in llama.cpp on the machine at hand, by difference between whole models of random weights (imports no JAX).
 
-The models are those of `by_difference`. All are timed in turn, several rounds; a round of a model is the prefill of the
-scenario's input, a few decode steps right behind it, and a few at the scenario's end. A step's time is affine in the
-context: the mean of both is the mean step. Children given beside the space are timed in the same rounds, with every
-step of the output, and left out of the fit: what the table predicts of them can be held against them. Batch 1.
+The models are those of `by_difference`. All are timed in turn, several rounds; a round of a model is a whole request:
+the scenario's input at once, then every step of its output. (A few steps in place of all are up to a third slower than
+their mean, for tens of steps behind a prompt.) Children given beside the space are timed in the same rounds and left
+out of the fit: what the table predicts of them can be held against them. Batch 1.
+
+Seconds add up where weights stream from memory. A processor's cache that holds a part of them makes small models faster
+than their parts (on an Intel Xeon, 15 layers of SmolLM2 took 4.0 ms a step and 30 layers 9.2): the residuals show it.
 """
 
 import dataclasses
@@ -35,7 +38,6 @@ from puzzle_jax.space import Space
 from puzzle_jax.store import temporary_folder
 
 TESTED = "0.3.36"  # llama-cpp-python
-_TIMED = ("prefill", "first", "last")
 _KV_BYTES = 2  # of a value in llama.cpp's cache: 16-bit floats
 
 
@@ -47,19 +49,17 @@ class TimingConfig:
     dtype: of the weights, one of `gguf_export.TYPES`.
     layers: of the models.
     rounds: the mean of the faster half counts.
-    decode_steps: in each of a round's two timings.
     threads: of llama.cpp.
   """
 
   dtype: str = "Q4_1"
   layers: int = 30
   rounds: int = 10
-  decode_steps: int = 8
   threads: int = 2
 
   def __post_init__(self) -> None:
-    if self.layers < 6 or self.rounds < 1 or self.decode_steps < 1 or self.threads < 1:
-      raise PuzzleError(f"layers >= 6, rounds, decode_steps and threads >= 1 are needed; got {self}")
+    if self.layers < 6 or self.rounds < 1 or self.threads < 1:
+      raise PuzzleError(f"layers >= 6, rounds and threads >= 1 are needed; got {self}")
 
 
 def measure(
@@ -100,7 +100,7 @@ def measure(
     sizes = {name: file.stat().st_size for name, file in files.items()}
     with progress.bar("costs", total=len(scenarios) * len(whole) * (config.rounds + 1), unit="timing") as bar:
       for scenario in scenarios:
-        opened = {name: _Model(file, scenario, config, whole=name not in models) for name, file in files.items()}
+        opened = {name: _Model(file, scenario, config) for name, file in files.items()}
         for i in range(config.rounds + 1):
           for name, model in opened.items():
             found = model()
@@ -111,7 +111,7 @@ def measure(
   points: list[dict[str, Any]] = []
   for scenario in scenarios:
     rounds = seconds[scenario.name]
-    totals = {name: {phase: _total(rounds[name], phase, scenario) for phase in PHASES} for name in models}
+    totals = {name: _totals(rounds[name]) for name in models}
     split = differences(models, totals, subblocks)
     parts[scenario.name] = {"1": split}
     points += [
@@ -154,50 +154,32 @@ def _write(architecture: Architecture, parent: Parent, out: Path, dtype: str) ->
 
 
 class _Model:
-  """A file in llama.cpp; called, it gives seconds of the prefill and of a decode step at both ends of the output.
+  """A file in llama.cpp; called, it gives the seconds of a request's phases."""
 
-  With `whole`, all of the output is decoded, and both are the mean step.
-  """
-
-  def __init__(self, file: Path, scenario: Scenario, config: TimingConfig, *, whole: bool):
+  def __init__(self, file: Path, scenario: Scenario, config: TimingConfig):
     import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 
-    self._scenario, self._whole = scenario, whole
-    self._steps = min(config.decode_steps, max(1, scenario.output_tokens // 2))
+    self._scenario = scenario
     threads: dict[str, Any] = {"n_threads": config.threads, "n_threads_batch": config.threads}
     # Flash attention is what llama.cpp's own programs choose; without it, caches are padded to the widest layer's.
     self._model = llama_cpp.Llama(str(file), n_ctx=scenario.tokens + 1, flash_attn=True, verbose=False, **threads)
 
   def __call__(self) -> dict[str, float]:
     self._model.reset()
-    found = {"prefill": self._eval(self._scenario.input_tokens, at_once=True)}
-    if self._whole:
-      step = self._eval(self._scenario.output_tokens) / self._scenario.output_tokens
-      return found | {"first": step, "last": step}
-    found["first"] = self._eval(self._steps) / self._steps
-    if (fill := self._scenario.tokens - self._scenario.input_tokens - 2 * self._steps) > 0:
-      self._eval(fill, at_once=True)
-    found["last"] = self._eval(self._steps) / self._steps
-    return found
-
-  def _eval(self, tokens: int, *, at_once: bool = False) -> float:
-    begin = time.perf_counter()
-    for part in [[1] * tokens] if at_once else [[1]] * tokens:
-      self._model.eval(part)
-    return time.perf_counter() - begin
+    times = [time.perf_counter()]
+    self._model.eval([1] * self._scenario.input_tokens)
+    times.append(time.perf_counter())
+    for _ in range(self._scenario.output_tokens):
+      self._model.eval([1])
+    times.append(time.perf_counter())
+    return {phase: end - begin for phase, begin, end in zip(PHASES, times, times[1:], strict=False)}
 
 
-def _total(rounds: Sequence[Mapping[str, float]], phase: str, scenario: Scenario) -> float:
-  """Seconds of a scenario's phase."""
-  if phase == "prefill_s":
-    return quiet_mean([r["prefill"] for r in rounds])
-  return scenario.output_tokens * quiet_mean([(r["first"] + r["last"]) / 2 for r in rounds])
+def _totals(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  return {phase: quiet_mean([r[phase] for r in rounds]) for phase in PHASES}
 
 
 def _point(name: str, rounds: Sequence[Mapping[str, float]], scenario: Scenario) -> dict[str, Any]:
-  found: dict[str, Any] = {"scenario": scenario.name, "model": name}
-  found |= {phase: _total(rounds, phase, scenario) for phase in PHASES}
-  for phase in _TIMED:
-    seconds = [r[phase] for r in rounds]
-    found[phase] = {"seconds": quiet_mean(seconds), "spread": statistics.pstdev(seconds) / quiet_mean(seconds)}
-  return found
+  totals = _totals(rounds)
+  spreads = {phase: statistics.pstdev(r[phase] for r in rounds) / totals[phase] for phase in PHASES}
+  return {"scenario": scenario.name, "model": name} | totals | {"spread": spreads}
