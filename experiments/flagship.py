@@ -126,9 +126,8 @@ def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, d
     for batch in costs.fixed[scenario.name]:
       predicted = {}
       for model in _MODELS:
-        seconds = sum(costs.fixed[scenario.name][batch].values())
-        for block in map(BlockSpec.parse, models[model]["blocks"]):
-          seconds += sum(sum(costs.seconds(part, scenario.name, batch).values()) for part in block.subblocks)
+        blocks = map(BlockSpec.parse, models[model]["blocks"])
+        seconds = sum(costs.predict(blocks, scenario.name, batch).values())
         predicted[model] = {
           "throughput": int(batch) * scenario.tokens / seconds,
           "output_throughput": int(batch) * scenario.output_tokens / seconds,

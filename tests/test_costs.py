@@ -100,10 +100,27 @@ def test_a_model_costs_the_fixed_part_and_the_sum_of_its_subblocks(table, archit
     "prefill_s": 4 * (0.125 + (0.5 + 1.0) + (0.25 + 0.5) + 1.0),
     "decode_s": 2.5 * (2.0 + (4.0 + 8.0) + (3.0 + 5.0) + 8.0),
   }
-  assert table.predict(child, "chat", "4") == pytest.approx(expected)
+  assert table.predict(child.blocks, "chat", "4") == pytest.approx(expected)
   assert table.fixed["chat"]["4"] == seconds(*FIXED, batch=4)  # predict added to a copy
   with pytest.raises(PuzzleError, match=r"no ffn.linear; it has attention.gqa1, .*: measure the costs anew"):
-    table.predict(architecture("gqa2/linear"), "chat", "1")
+    table.predict(architecture("gqa2/linear").blocks, "chat", "1")
+
+
+def test_no_phase_is_below_the_floor(table, parent, built, architecture):
+  child, least = architecture("gqa2/w48", "gqa1/w24", "none/w48"), {"prefill_s": 10.0, "decode_s": 100.0}
+  above = table.predict(child.blocks, "chat", "4")
+  assert above["prefill_s"] > 10
+  assert above["decode_s"] < 100
+  floored = dataclasses.replace(table, floor={"chat": {"4": least}})
+  assert floored.predict(child.blocks, "chat", "4") == {"prefill_s": above["prefill_s"], "decode_s": 100.0}
+  assert floored.predict(child.blocks, "chat", "1") == table.predict(child.blocks, "chat", "1")
+  assert CostTable.from_json(json.loads(json.dumps(floored.to_json()))) == floored
+  scores = [{b.name: (0.0, 0.0) for b in x.blocks} for x in built.layers]
+  read = Table.from_json(costs.block_table(parent, built, scores, floored))
+  assert read.floor("chat", 4) == least
+  assert read.figures(read.parent, "chat", 1).decode_s < read.figures(read.parent, "chat", 4).decode_s == 100
+  with pytest.raises(PuzzleError, match="floor has scenario chat, batch 7, `fixed` has not"):
+    CostTable.from_json(floored.to_json() | {"floor": {"chat": {"7": least}}})
 
 
 def test_scenarios_have_tokens():
@@ -124,7 +141,7 @@ def test_the_block_table_is_the_one_that_the_search_reads(table, parent, built):
   choice, blocks = (0, 2, 5), ("gqa2/w48", "gqa1/w48", "none/w24")
   assert tuple(read.layers[i][j].block for i, j in enumerate(choice)) == blocks
   child = Architecture(parent.config, tuple(map(BlockSpec.parse, blocks)))
-  found, predicted = read.figures(choice, "chat", 4), table.predict(child, "chat", "4")
+  found, predicted = read.figures(choice, "chat", 4), table.predict(child.blocks, "chat", "4")
   assert (float(found.prefill_s), float(found.decode_s)) == pytest.approx(tuple(predicted.values()))
   assert found.params == child.num_params()
   assert found.memory_bytes == 2 * child.num_params() + 4 * 50 * child.kv_bytes_per_token()

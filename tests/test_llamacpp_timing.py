@@ -85,7 +85,7 @@ def test_differences_recover_what_each_subblock_costs(parent, quiet):
   assert max(abs(p["residual"]) for p in table.details["points"]) < 1e-9
   (found,) = table.details["children"]
   assert {phase: found[phase] for phase in found["predicted"]} == pytest.approx(found["predicted"])
-  assert found["predicted"] == table.predict(child, "chat", "1")
+  assert found["predicted"] == table.predict(child.blocks, "chat", "1")
   assert (table.kv_width, table.backend) == (2, "llamacpp")
   assert 5 / 8 < table.bytes_per_value < 1  # Q4_1 and a Q8_0 head
   assert CostTable.from_json(json.loads(json.dumps(table.to_json()))) == table

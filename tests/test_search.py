@@ -29,6 +29,7 @@ def make_table(
   batches: dict[int, float] | None = None,
   scenarios: dict[str, dict[str, int]] | None = None,
   fixed: dict[str, Any] | None = None,
+  floor: tuple[float, float] | None = None,
 ) -> Table:
   """A table of arrays [L, J]; `batches` gives the factor on the seconds at each, parameters take two bytes."""
   score = np.asarray(score, float)
@@ -44,10 +45,13 @@ def make_table(
 
   layers = [{"variants": [variant(i, j) for j in range(score.shape[1])]} for i in range(score.shape[0])]
   data = {"format": "puzzle-block-table/1", "scenarios": scenarios, "layers": layers}
+  if floor:
+    seconds = dict(zip(("prefill_s", "decode_s"), floor, strict=True))
+    data["floor"] = {name: {str(b): seconds for b in batches or {1: 1}} for name in scenarios}
   return Table.from_json(data | ({"fixed": fixed} if fixed else {}))
 
 
-def random_table(seed: int, layers: int, variants: int) -> Table:
+def random_table(seed: int, layers: int, variants: int, *, floor: bool = False) -> Table:
   """The parent costs most; costs are multiples of 1/8, so that sums of floats are exact too."""
   rng = np.random.default_rng(seed)
   shape = (layers, variants)
@@ -55,7 +59,8 @@ def random_table(seed: int, layers: int, variants: int) -> Table:
   params, kv = rng.integers(0, 1000, (2, *shape))
   for column, most in ((prefill, 12.5), (decode, 12.5), (params, 1000), (kv, 1000)):
     column[:, 0] = most
-  return make_table(rng.normal(size=shape), prefill=prefill, decode=decode, params=params, kv=kv)
+  least = tuple(rng.integers(0, 60 * layers, 2) / 8) if floor else None
+  return make_table(rng.normal(size=shape), prefill=prefill, decode=decode, params=params, kv=kv, floor=least)
 
 
 UNITS: dict[str, Callable[[dict[str, Any]], Any]] = {  # each limit, from the totals of children and of the parent
@@ -84,15 +89,18 @@ def enumerate_children(table: Table) -> tuple[np.ndarray, dict[str, np.ndarray]]
     return x[np.arange(table.num_layers), choices].sum(1)
 
   totals = {"prefill": total(costs.prefill_s), "decode": total(costs.decode_s), "kv": total(table.kv_bytes_per_token)}
+  totals["prefill"] = np.maximum(totals["prefill"], costs.floor_prefill_s)
+  totals["decode"] = np.maximum(totals["decode"], costs.floor_decode_s)
   totals |= {"params": total(table.params), "memory": total(table.param_bytes) + 8 * totals["kv"]}
   return choices, {name: value(totals) for name, value in UNITS.items()}
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_same_as_enumeration_of_200_small_instances(block):
+  """Half of them with floors below which no phase is."""
   infeasible = 0
   for seed in range(50 * block, 50 * block + 50):
-    table = random_table(seed, layers=4, variants=4)
+    table = random_table(seed, layers=4, variants=4, floor=seed % 2 == 1)
     choices, values = enumerate_children(table)
     rng = np.random.default_rng(1000 + seed)
     names = rng.choice(list(UNITS), rng.integers(1, 7), replace=False)
@@ -100,6 +108,8 @@ def test_same_as_enumeration_of_200_small_instances(block):
     limits, met = {}, np.ones(len(choices), bool)
     for name in names:
       ordered = np.unique(values[name])
+      if len(ordered) < 3:  # all are at the floor
+        continue
       k = int(rng.integers(1, len(ordered) - 1) if name.startswith("min") else rng.integers(len(ordered) // 2))
       limits[name] = float(ordered[k : k + 2].mean())
       met &= values[name] <= limits[name] if name.startswith("max") else values[name] >= limits[name]
@@ -114,6 +124,20 @@ def test_same_as_enumeration_of_200_small_instances(block):
       with pytest.raises(PuzzleError, match=r"nearest reachable"):
         solve(table, Limits(**limits))
   assert 0 < infeasible < 40
+
+
+def test_no_child_is_faster_than_the_floor():
+  """Two layers of 2 + 3 seconds, or of nothing; phases take 1 and 4 seconds at least, together half the parent's."""
+  table = make_table([[0, 1], [0, 2]], prefill=[[2, 0]] * 2, decode=[[3, 0]] * 2, floor=(1, 4))
+  (child,) = solve(table, Limits(min_speedup=1.25))  # sums of one layer: 2 + 3; of none: 0 + 0
+  assert (child.choice, child.runtime_s) == ((1, 0), 6)
+  (child,) = solve(table, Limits(min_speedup=2.0))
+  assert (child.choice, child.runtime_s) == ((1, 1), 5)
+  with pytest.raises(PuzzleError, match=r"no child meets min_speedup=2.5: the nearest reachable is min_speedup=2 \("):
+    solve(table, Limits(min_speedup=2.5))
+  with pytest.raises(PuzzleError, match=r"no child meets max_first_token_s=0.5: the nearest reachable is .*=1 \("):
+    solve(table, Limits(max_first_token_s=0.5))
+  assert Table.from_json(table.to_json()).floor("chat", 1) == {"prefill_s": 1, "decode_s": 4}
 
 
 def test_same_as_scipy_on_100_random_instances():

@@ -68,6 +68,9 @@ def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
         assert table.subblocks[s.id][scenario.name][str(batch)] == pytest.approx(expected(s.name, scenario, batch))
       fixed = {"prefill_s": batch * scenario.input_tokens * 0.125, "decode_s": (scenario.output_tokens - 1) * 0.125}
       assert table.fixed[scenario.name][str(batch)] == pytest.approx(fixed)
+      parts = [expected(name, scenario, batch) for name in ("gqa4", "w512")]
+      ends = {phase: fixed[phase] + 2 * sum(part[phase] for part in parts) for phase in fixed}
+      assert table.floor[scenario.name][str(batch)] == pytest.approx(ends)  # of a model that is empty between them
   assert (table.backend, table.hardware, table.versions["vllm"]) == ("vllm", "1 x Fake GPU", "0.25.1")
   assert (table.bytes_per_value, table.kv_width, table.tensor_parallel) == (2, 2, 1)
   assert set(table.details["kv_cache_tokens"].values()) == {1024}

@@ -7,11 +7,11 @@ the host's work). `block_table` joins it with scores to the table that the searc
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.arch import Architecture, Subblock
+from puzzle_jax.arch import Architecture, BlockSpec, Subblock
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.json_input import costs as costs_of
 from puzzle_jax.json_input import mapping, number, read_object
@@ -24,7 +24,7 @@ _ENGINES = {
   "llamacpp": "llama_cpp",
   "vllm": "vllm",
   "torch": "torch",
-}  # of `serving.engines`, by backend; JAX stands in for any
+}
 _PACKAGES = {"jax": "jax", "llamacpp": "llama-cpp-python"} | {name: name for name in ("vllm", "torch", "tensorrt_llm")}
 
 Seconds = dict[str, float]  # prefill_s and decode_s of a whole scenario for a whole batch
@@ -60,6 +60,7 @@ class CostTable:
     scenarios: measured.
     subblocks: by variant name, scenario and batch.
     fixed: by scenario and batch.
+    floor: by scenario and batch, what the engine's host takes whatever the model: no phase takes less. {}: not known.
     details: how it was measured: raw times, spreads, residuals.
     kv_bytes_per_value: of the KV cache; 0: as of the weights.
     tensor_parallel: GPUs that each model was split over; bytes are of all of them together.
@@ -75,6 +76,7 @@ class CostTable:
   details: dict[str, Any]
   kv_bytes_per_value: int = 0
   tensor_parallel: int = 1
+  floor: dict[str, dict[str, Seconds]] = dataclasses.field(default_factory=dict)
 
   def weight_bytes(self, params: int) -> int:
     """Of so many parameters, as deployed."""
@@ -137,6 +139,9 @@ class CostTable:
     fixed = costs_of(self.fixed, "cost table: fixed", scenarios)
     if missing := set(scenarios) - {scenario for scenario, _ in fixed}:
       raise PuzzleError(f"cost table: fixed has no seconds of scenario {min(missing)}; measure the costs anew")
+    if odd := costs_of(self.floor, "cost table: floor", scenarios).keys() - fixed.keys():
+      scenario, batch = min(odd)
+      raise PuzzleError(f"cost table: floor has scenario {scenario}, batch {batch}, `fixed` has not; measure anew")
     if not mapping(self.subblocks, "cost table: subblocks"):
       raise PuzzleError("cost table: it has no subblocks; measure the costs anew")
     for name, value in self.subblocks.items():
@@ -157,14 +162,15 @@ class CostTable:
       raise PuzzleError(f"cost table has no {name}; it has {', '.join(sorted(self.subblocks))}: measure the costs anew")
     return self.subblocks[name][scenario][batch]
 
-  def predict(self, architecture: Architecture, scenario: str, batch: str) -> Seconds:
-    """Seconds of a whole model: the fixed part and the sum of its subblocks."""
+  def predict(self, blocks: Iterable[BlockSpec], scenario: str, batch: str) -> Seconds:
+    """Seconds of a whole model of these blocks: the fixed part and the sum of its subblocks, or the floor."""
     total = dict(self.fixed[scenario][batch])
-    for block in architecture.blocks:
+    for block in blocks:
       for subblock in block.subblocks:
         for phase, value in self.seconds(subblock, scenario, batch).items():
           total[phase] += value
-    return total
+    least = self.floor.get(scenario, {}).get(batch, {})
+    return {phase: max(value, least.get(phase, 0.0)) for phase, value in total.items()}
 
 
 def check_target(table: CostTable, *, hardware: str, engine: str) -> None:
@@ -249,6 +255,7 @@ def block_table(
   head_params = parent.num_params() - sum(b.num_params(config) for b in parent.blocks)
   return {
     "format": "puzzle-block-table/1",
+    **({"floor": costs.floor} if costs.floor else {}),
     "scenarios": {s.name: {"input_tokens": s.input_tokens, "output_tokens": s.output_tokens} for s in costs.scenarios},
     "fixed": {"params": head_params, "param_bytes": costs.weight_bytes(head_params), "costs": costs.fixed},
     "layers": layers,

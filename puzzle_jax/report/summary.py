@@ -140,7 +140,7 @@ def _models(run: Run, summary: dict[str, Any], evaluation: dict[str, Any], batch
     if costs:
       model["weight_bytes"] = costs.weight_bytes(architecture.num_params())
       model["kv_bytes_per_token"] = architecture.kv_bytes_per_token(bytes_per_value=costs.kv_width)
-      predicted = costs.predict(architecture, scenario.name, str(batch))
+      predicted = costs.predict(architecture.blocks, scenario.name, str(batch))
       model |= {f"predicted_{k}": v for k, v in predicted.items()}
     if measured := evaluation.get("timing", {}).get("seconds", {}).get(name):
       model |= measured

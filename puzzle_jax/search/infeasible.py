@@ -30,13 +30,14 @@ def infeasible(tried: Sequence[Program]) -> PuzzleError:
     for p in tried:
       bound = p.bounds[k]
       if best := p.under(p.bounds[o] for o in others).minimise(p.weights(bound)):
-        amount = p.amount(bound, best.choice)
+        amount = p.reached(bound, best.choice)
         value = bound.value(amount)
         reached.append((value if bound.is_max else -value, f"{bound.say(amount)} (batch {p.batch})"))
     return min(reached)[1]
 
   if alone := [k for k in every if all(p.least(p.bounds[k]) > p.bounds[k].most for p in tried)]:
-    text = "; ".join(f"{name(k)}: the nearest reachable is {nearest(k, [])}" for k in alone)
+    each = {name(k): nearest(k, []) for k in reversed(alone)}  # of a limit's bounds the first tells
+    text = "; ".join(f"{k}: the nearest reachable is {value}" for k, value in reversed(each.items()))
   else:
     core = next((pair for pair in map(list, itertools.combinations(every, 2)) if fail(pair)), list(every))
     for k in core if len(core) > 2 else []:

@@ -1,7 +1,8 @@
 """The limits that a child must meet, and what each bounds (paper section 5). Imports no JAX.
 
 Every limit is linear in the choice of blocks: it bounds a sum over the blocks from above. A throughput of at least T
-is a run time of at most batch·tokens / T; a speedup of at least s is a run time of at most the parent's / s.
+is a run time of at most batch·tokens / T; a speedup of at least s is a run time of at most the parent's / s. Where a
+phase has a floor, a run time is max(prefill, floor) + max(decode, floor): as linear as that, in a bound for each phase.
 """
 
 import dataclasses
@@ -76,13 +77,24 @@ _SAME_EVERYWHERE = ("params", "kv_bytes_per_token")  # quantities that do not de
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """One limit in one scenario at one batch: a child's `quantity` may be at most `most`."""
+  """One limit in one scenario at one batch: a child's `quantity` may be at most `most`.
+
+  Attributes:
+    limit, scenario: which.
+    quantity: of `Figures`, as the blocks add up to it.
+    unit: of the limit (`_BOUNDED`).
+    most: exactly.
+    floor: that the quantity is not below whatever the blocks.
+    beside: what the limit counts besides: the floor of the other phase.
+  """
 
   limit: str
   scenario: str
   quantity: str
   unit: Fraction
   most: Fraction
+  floor: Fraction = Fraction(0)
+  beside: Fraction = Fraction(0)
 
   @property
   def is_max(self) -> bool:
@@ -95,7 +107,8 @@ class Bound:
 
   def value(self, amount: Fraction) -> Fraction:
     """An amount of the quantity in the limit's own unit."""
-    top, bottom = (amount, self.unit) if self.is_max else (self.unit, amount)
+    whole = amount + self.beside
+    top, bottom = (whole, self.unit) if self.is_max else (self.unit, whole)
     return top / bottom if bottom else Fraction(0)
 
   def say(self, amount: Fraction) -> str:
@@ -111,12 +124,17 @@ def bounds(table: Table, limits: Limits, *, scenarios: Sequence[str], batch: int
   """What the limits allow in each of the scenarios at a batch."""
   found = []
   for scenario in scenarios:
-    parent = table.figures(table.parent, scenario, batch)
+    parent, floor = table.figures(table.parent, scenario, batch), table.floor(scenario, batch)
+    floors = floor | {"runtime_s": sum(floor.values(), Fraction(0))}
     for limit, value in limits.items():
       quantity, unit_of = _BOUNDED[limit]
       if quantity in _SAME_EVERYWHERE and scenario != scenarios[0]:
         continue
       unit = Fraction(unit_of(table.scenarios[scenario], batch, parent))
       most = exact(value) * unit if limit.startswith("max") else unit / exact(value)
-      found.append(Bound(limit, scenario, quantity, unit, most))
+      found.append(Bound(limit, scenario, quantity, unit, most, floors.get(quantity, Fraction(0))))
+      if quantity == "runtime_s":
+        for phase, own in floor.items():
+          if other := floors["runtime_s"] - own:
+            found.append(Bound(limit, scenario, phase, unit, most - other, own, other))
   return tuple(found)

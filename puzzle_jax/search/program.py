@@ -57,7 +57,11 @@ class Program:
     return self.table.weights(bound.quantity, bound.scenario, self.batch)
 
   def amount(self, bound: Bound, choice: Sequence[int]) -> Fraction:
-    """The bounded quantity of a child, exactly."""
+    """What the blocks of a child add up to of the bounded quantity, exactly."""
+    return getattr(self.table.sums(choice, bound.scenario, self.batch), bound.quantity)
+
+  def reached(self, bound: Bound, choice: Sequence[int]) -> Fraction:
+    """The bounded quantity of a child, exactly: not below the floor."""
     return getattr(self.table.figures(choice, bound.scenario, self.batch), bound.quantity)
 
   def fixed(self, bound: Bound) -> Fraction:
@@ -66,6 +70,10 @@ class Program:
 
   def least(self, bound: Bound) -> Fraction:
     """The smallest amount of the bounded quantity if nothing else were asked."""
+    return max(self._lowest(bound), bound.floor)
+
+  def _lowest(self, bound: Bound) -> Fraction:
+    """`least` of what blocks add up to."""
     return self.amount(bound, self._argmin(self.weights(bound)))
 
   def broken(self, choice: Sequence[int]) -> list[Bound]:
@@ -74,6 +82,8 @@ class Program:
 
     def exceeds(bound: Bound) -> bool:
       about, most = float(self.fixed(bound)) + float(self.weights(bound)[at].sum()), float(bound.most)
+      if bound.floor > bound.most:
+        return True
       clear = abs(about - most) > 1e-9 * most  # far more than rounding can do
       return about > most if clear else self.amount(bound, choice) > bound.most
 
@@ -95,7 +105,7 @@ class Program:
     rows = []
     for bound in self.bounds:
       # Counted from each layer's least, so that a row is scaled to what the limit really leaves to decide.
-      extra, room = self._extra(bound), float(bound.most - self.least(bound))
+      extra, room = self._extra(bound), float(bound.most - self._lowest(bound))
       rounding = 1e-12 * extra[candidates].max()
       candidates &= extra <= room * (1 + 1e-9) + rounding
       if not candidates.any(1).all():

@@ -104,8 +104,17 @@ class Table:
       }
       for scenario, batches in self.costs.items()
     }
+    floor = {
+      scenario: {
+        str(batch): {"prefill_s": c.floor_prefill_s, "decode_s": c.floor_decode_s}
+        for batch, c in batches.items()
+        if c.floor_prefill_s or c.floor_decode_s
+      }
+      for scenario, batches in self.costs.items()
+    }
     return {
       **self.extra,
+      **({"floor": floor} if any(floor.values()) else {}),
       "format": FORMAT,
       "scenarios": {name: dataclasses.asdict(s) for name, s in self.scenarios.items()},
       "fixed": {
@@ -203,11 +212,21 @@ class Table:
       decode_s=exact(costs.fixed_decode_s),
     )
 
-  def figures(self, choice: Sequence[int], scenario: str, batch: int) -> Figures:
-    """What the child that takes variant `choice[l]` in each layer l costs, exactly."""
+  def sums(self, choice: Sequence[int], scenario: str, batch: int) -> Figures:
+    """What the blocks of the child that takes variant `choice[l]` in each layer l add up to, exactly."""
     blocks = (self.block_figures(i, j, scenario, batch) for i, j in enumerate(choice))
     parts = [self.fixed_figures(scenario, batch), *blocks]
     return Figures(**{f.name: sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Figures)})
+
+  def floor(self, scenario: str, batch: int) -> dict[str, Fraction]:
+    """Seconds of each phase that no child is below."""
+    costs = self.costs[scenario][batch]
+    return {"prefill_s": exact(costs.floor_prefill_s), "decode_s": exact(costs.floor_decode_s)}
+
+  def figures(self, choice: Sequence[int], scenario: str, batch: int) -> Figures:
+    """What a child costs, exactly: its sums, no phase below the floor."""
+    sums, floor = self.sums(choice, scenario, batch), self.floor(scenario, batch)
+    return dataclasses.replace(sums, **{phase: max(getattr(sums, phase), least) for phase, least in floor.items()})
 
   def weights(self, quantity: str, scenario: str, batch: int) -> np.ndarray:
     """What each variant adds to a quantity of `Figures`, [L, J] (rounded; `figures` is exact)."""

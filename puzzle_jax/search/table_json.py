@@ -1,6 +1,7 @@
 """The block table's JSON form, `puzzle-block-table/1` (docs/search.md): its parts, and the parser. Imports no JAX."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,8 @@ class Costs:
   decode_s: np.ndarray  # [L, J], all output tokens
   fixed_prefill_s: float = 0.0  # what no block owns: embedding, head, sampling, the engine's own work
   fixed_decode_s: float = 0.0
+  floor_prefill_s: float = 0.0  # what the engine's host takes whatever the blocks: no child takes less
+  floor_decode_s: float = 0.0
 
 
 class Parser:
@@ -127,12 +130,14 @@ class Parser:
 
     fixed = mapping(self.data.get("fixed", {}), "fixed", ("params", "param_bytes", "costs"))
     fixed_costs = costs_of(fixed.get("costs", {}), "fixed", scenarios)
+    floors = costs_of(self.data.get("floor", {}), "floor", scenarios)
     costs: dict[str, dict[int, Costs]] = {name: {} for name in scenarios}
     for scenario, batch in sorted(seconds):
       if fixed_costs and (scenario, batch) not in fixed_costs:
         raise PuzzleError(f"fixed: no costs for scenario {scenario}, batch {batch}, which variants have; add them")
       both = seconds[scenario, batch]
-      costs[scenario][batch] = Costs(both[0], both[1], *fixed_costs.get((scenario, batch), (0.0, 0.0)))
+      once = (table.get((scenario, batch), (0.0, 0.0)) for table in (fixed_costs, floors))
+      costs[scenario][batch] = Costs(both[0], both[1], *itertools.chain(*once))
     allowed = ~np.isnan(columns["score"])
     for array in (allowed, *columns.values(), *seconds.values()):
       array.setflags(write=False)
@@ -144,6 +149,6 @@ class Parser:
       allowed=allowed,
       fixed_params=number(fixed.get("params", 0), "fixed: params"),
       fixed_param_bytes=number(fixed.get("param_bytes", 0), "fixed: param_bytes"),
-      extra={k: v for k, v in self.data.items() if k not in ("format", "scenarios", "fixed", "layers")},
+      extra={k: v for k, v in self.data.items() if k not in ("format", "scenarios", "fixed", "floor", "layers")},
       **columns,
     )

@@ -133,7 +133,11 @@ def measure(
   )
   details["children"] = [
     _point(name, seconds[s.name][name], s)
-    | {"blocks": [b.name for b in child.blocks], "predicted": table.predict(child, s.name, "1"), "bytes": sizes[name]}
+    | {
+      "blocks": [b.name for b in child.blocks],
+      "predicted": table.predict(child.blocks, s.name, "1"),
+      "bytes": sizes[name],
+    }
     for s in scenarios
     for name, child in (children or {}).items()
   ]

@@ -129,7 +129,7 @@ def measure(
   details["children"] = [
     {"model": name, "scenario": scenario, "batch": batch, "blocks": [b.name for b in child.blocks]}
     | totals[name]
-    | {"predicted": (predicted := table.predict(child, scenario, str(batch)))}
+    | {"predicted": (predicted := table.predict(child.blocks, scenario, str(batch)))}
     | {"error": sum(totals[name].values()) / sum(predicted.values()) - 1}
     for (scenario, batch), totals in measured.items()
     for name, child in (children or {}).items()

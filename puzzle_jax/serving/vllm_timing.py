@@ -5,8 +5,8 @@ scenario's input, and decode steps at a few contexts that serve all scenarios. A
 prefill and of the steps, interpolated between contexts: where prompts are read in parts, early requests decode beside
 late ones' prompts, and as many steps at the end are of smaller batches. A step takes what the GPU or the host's work
 takes, whichever is longer; so variants are timed beside the parent's layers, and the all but empty model, whose steps
-are the host's, is no part of the fit. Children given beside the space, the parent first, are timed in whole scenarios
-instead, and left out of the fit: what the table predicts of them is held against them.
+are the host's, is no part of the fit but the table's floor. Children given beside the space, the parent first, are
+timed in whole scenarios instead, and left out of the fit: what the table predicts of them is held against them.
 
 Nothing is measured twice: what came is kept in a folder, model by model and point by point, and the same call goes on.
 With `passes` above one, all models are loaded and measured again, as many times, so that a machine that drifts is seen.
@@ -175,6 +175,7 @@ def measure(
   if not parts:
     raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
   costs, fixed = by_difference.cost_tables(parts)
+  empty = found[list(models)[_EMPTY]]
   details: dict[str, Any] = {
     "timing": dataclasses.asdict(plan.config),
     "engine": about,
@@ -197,8 +198,9 @@ def measure(
     details=details,
     kv_bytes_per_value=_KV_BYTES,
     tensor_parallel=engine.tensor_parallel,
+    floor=_floor(empty, plan, parts),
   )
-  details["children"] = _children(wholes, found, plan, table, empty=found[list(models)[_EMPTY]])
+  details["children"] = _children(wholes, found, plan, table, empty=empty)
   return table
 
 
@@ -317,6 +319,18 @@ def _parts(
   return parts, unreachable
 
 
+def _floor(
+  empty: Sequence[Measured], plan: Plan, parts: Mapping[str, Mapping[str, Differences]]
+) -> dict[str, dict[str, Seconds]]:
+  """What an all but empty model takes: no other takes less."""
+  found: dict[str, dict[str, Seconds]] = {}
+  for scenario in plan.scenarios:
+    for batch in parts.get(scenario.name, ()):
+      if seconds := _totals(empty, plan, int(batch), scenario):
+        found.setdefault(scenario.name, {})[batch] = seconds
+  return found
+
+
 def _limits(
   models: Mapping[str, Architecture],
   found: Mapping[str, Sequence[Measured]],
@@ -376,7 +390,7 @@ def _children(
         prefill = _mean(found[name], plan.prefill(batch, scenario.input_tokens))
         if total is None or prefill is None:
           continue
-        predicted = table.predict(child, scenario.name, str(batch))
+        predicted = table.predict(child.blocks, scenario.name, str(batch))
         waits = _totals(empty, plan, batch, scenario)
         limit = "host" if waits and waits["decode_s"] > HOST_SHARE * (total - prefill) else "gpu"
         lines.append(
