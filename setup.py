@@ -70,7 +70,7 @@ setup(
     "colab": ["ipykernel>=6.29,<8", "ipywidgets>=8,<9", "nbformat>=5.10,<6"],
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "export": ["torch>=2.11,<2.14", "transformers>=5.17,<5.24"],
-    "lm_eval": ["lm_eval>=0.4.13,<0.5"],
+    "lm-eval": ["lm_eval>=0.4.13,<0.5"],  # so spelt: pip before 23.3 knows no extra with an underscore
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "wandb": ["wandb>=0.24,<1"],
     "dev": [

@@ -2,7 +2,8 @@
 
 The scenario fills the parent's context: 6,144 tokens in and 2,048 out, 256 requests at once. With the paper's prompts
 and answers of 128 tokens the engine's host is the limit whatever a child's shape (measured); a model as small as this
-keeps an H100 busy by reading a long KV cache. Costs are measured in vLLM first, here and in shorter scenarios:
+keeps a GPU busy by reading a long KV cache, as long as a step takes longer than the host's work for it
+(docs/serving.md). Costs are measured in vLLM first, here and in shorter scenarios:
 
     python -m experiments.profile --engine=vllm --config=configs/flagship.py \
       --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --layers=36 --rounds=3 \

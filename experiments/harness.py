@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness on several models, side by side.
 
-    pip install 'puzzle_jax[lm_eval]'
+    pip install 'puzzle_jax[lm-eval]'
     python -m experiments.harness --models=smollm2-135m,runs/quickstart --tasks=arc_easy,lambada_openai
 
 The first model is the parent: the last column is what the last one preserves of it. The harness downloads its tasks'
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
     from puzzle_jax.evaluation.harness import HarnessModel
   except ImportError as e:
-    sys.exit(f"error: {e.name} is not installed; pip install 'puzzle_jax[lm_eval]'")
+    sys.exit(f"error: {e.name} is not installed; pip install 'puzzle_jax[lm-eval]'")
   found: dict[str, dict[str, Any]] = {}
   try:
     for name in _MODELS.value or ():

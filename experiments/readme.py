@@ -67,6 +67,22 @@ def parent_quality() -> str:
   return _table(["engine", f"perplexity, {record['tokens']:,} tokens of {record['text']['name']}"], rows)
 
 
+def harness_agreement() -> str:
+  """The adapter for lm-evaluation-harness against the harness's own backend."""
+  record, rows = _record("harness_agreement"), []
+  for name, task in record["tasks"].items():
+    for kind, label in {"plain": name, "normalised": f"{name}, a character"}.items():
+      if kind in task:
+        here, there = task[kind]["accuracy"]
+        different = f"{task[kind]['different']} of {task['items']}"
+        rows.append([label, f"{here:.1%}", f"{there:.1%}", different, f"{task['largest_difference']:.1e}"])
+  heading = (
+    f"{_run_by(record)} lm_eval {record['versions']['lm_eval']}, Transformers {record['versions']['transformers']}."
+  )
+  header = ["task", "here", "Transformers", "judged differently", "log likelihoods differ by at most"]
+  return f"{heading}\n\n{_table(header, rows)}"
+
+
 def _run_by(record: Any) -> str:
   return f"`{record['command']}`, {record['hardware']}, {record['date']}, JAX {record['versions']['jax']}."
 
@@ -448,6 +464,7 @@ def decode() -> str:
 _WRITERS = (
   quickstart,
   parent_quality,
+  harness_agreement,
   interactions,
   compare,
   search,

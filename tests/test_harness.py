@@ -13,7 +13,7 @@ from puzzle_jax.evaluation import likelihood
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.serving.hf_export import export_hf
 
-pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
+pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytest.importorskip("accelerate", reason="lm_eval's Hugging Face backend needs it")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it brings along
 

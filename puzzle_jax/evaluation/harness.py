@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on parents and children (the extra `lm_eval`): any of its tasks runs here.
+"""EleutherAI's lm-evaluation-harness on parents and children (the extra `lm-eval`): any of its tasks runs here.
 
     lm_eval.simple_evaluate(model=harness.HarnessModel(run.child), tasks=["arc_easy"])
 
