@@ -43,8 +43,7 @@ def write(folder: Path, *, layers: int = 4, seed: int = 0) -> None:
           subblock[name] = subblock[name] * (0.3 + 0.3 * i)
   with replacing(folder) as aside:
     aside.mkdir()
-    head = {k: v for k, v in params.items() if k != "layers"}
-    write_checkpoint(aside, architecture, head, params["layers"], tokenizer=tokenizer)
+    write_checkpoint(aside, architecture, decoder.head_of(params), params["layers"], tokenizer=tokenizer)
 
 
 def main(argv: list[str]) -> None:

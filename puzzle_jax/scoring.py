@@ -104,7 +104,7 @@ class Scorer:
     self._mesh = mesh or mesh_lib.build(mesh_lib.MeshConfig())
     self._row_axes = tuple(axis for axis in mesh_lib.AXES if axis != "model" or self._mesh.shape["model"] == 1)
     self._config = architecture.config
-    self._head = mesh_lib.put(self._mesh, {k: w for k, w in params.items() if k != "layers"}, P())  # read by chunks
+    self._head = mesh_lib.put(self._mesh, decoder.head_of(params), P())  # read by chunks
     layers = mesh_lib.shard_weights(self._mesh, params["layers"])
     self.parent: list[Block] = list(zip(architecture.blocks, layers, strict=True))
     self._parent_specs = set(architecture.blocks)

@@ -22,6 +22,7 @@ from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.data import sampling
 from puzzle_jax.evaluation import quality, suite, tasks
 from puzzle_jax.library import Library
+from puzzle_jax.model import decoder
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.report.summary import summarise
 from puzzle_jax.runs import Run
@@ -326,7 +327,7 @@ def make_gkd(run: Run, store: StageStore) -> None:
       write_checkpoint(
         folder,
         child.architecture,
-        {k: v for k, v in params.items() if k != "layers"},
+        decoder.head_of(params),
         params["layers"],
         tokenizer=run.tokenizer,
         metadata={"parent": run.parent.name, "license": run.parent.license},

@@ -99,7 +99,7 @@ def score(
     PuzzleError: a request longer than the model's context, its last token aside.
   """
   limit, mesh = architecture.config.max_context, mesh_lib.mesh_of(params)
-  head = {k: v for k, v in params.items() if k != "layers"}
+  head = decoder.head_of(params)
   by_length = collections.defaultdict[int, list[int]](list)
   for index, request in enumerate(requests):
     if not 1 <= request.start < len(request.ids) <= limit + 1:

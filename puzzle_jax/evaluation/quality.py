@@ -30,7 +30,7 @@ def _rows(child: Model, parent: Model, batch: data.PackedText, mesh: Mesh | None
       rows=mesh_lib.rows_on(mesh, batch.num_rows),
     )
     last.append(x_BTD)
-    heads.append({k: v for k, v in params.items() if k != "layers"})
+    heads.append(decoder.head_of(params))
   return _sums(parent[0].config, tuple(heads), tuple(last), batch, mesh)
 
 

@@ -8,7 +8,7 @@ copies each layer's weights out of the stack (measured: 10 against 23 GB/s).
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.struct
@@ -81,9 +81,38 @@ def head_weights(params: Tree) -> jax.Array:
   return params["head"] if "head" in params else params["embed"]
 
 
+def head_of(params: Mapping[str, Any]) -> Tree:
+  """All but the layers: what stands before the first block and behind the last."""
+  return {k: v for k, v in params.items() if k != "layers"}
+
+
 def logits(params: Tree, hidden_BTD: jax.Array) -> jax.Array:
   """Next-token logits [B, T, V] in fp32 of normed hidden states."""
   return subblocks.dot("btd,vd->btv", hidden_BTD, head_weights(params)).astype(jnp.float32)
+
+
+def _kept(x_BTD: jax.Array, rows: NamedSharding | None) -> jax.Array:
+  return x_BTD if rows is None else jax.lax.with_sharding_constraint(x_BTD, rows)
+
+
+def _start(
+  config: ModelConfig,
+  params: Tree,
+  tokens_BT: Array,
+  positions_BT: Array | None,
+  segments_BT: Array | None,
+  rows: NamedSharding | None,
+  *,
+  dtype: Any = jnp.float32,
+) -> tuple[jax.Array, Context]:
+  """What the first block reads, and the context of all; arguments as of `apply`."""
+  if positions_BT is None:
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  context = context_of(config, positions_BT, segments_BT=segments_BT, dtype=dtype)
+  return _kept(embed(params, tokens_BT), rows), context
+
+
+_compiled_start = jax.jit(_start, static_argnames=("config", "rows"))
 
 
 def apply(
@@ -118,21 +147,14 @@ def apply(
     beside_L: arrays with an entry a layer.
   """
   config = architecture.config
-  if positions_BT is None:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  context = context_of(config, positions_BT, segments_BT=segments_BT, dtype=dtype)
-
-  def kept(x: jax.Array) -> jax.Array:
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+  x, context = _start(config, params, tokens_BT, positions_BT, segments_BT, rows, dtype=dtype)
 
   def block(
     spec: BlockSpec, layer: Tree, x: jax.Array, layer_cache: Cache | None, beside: Any
   ) -> tuple[jax.Array, Cache, Any]:
     x, layer_cache = block_apply(spec, config, layer, x, context=context, cache=layer_cache)
-    x = kept(x)
+    x = _kept(x, rows)
     return x, layer_cache, of_layer(x, beside)
-
-  x = kept(embed(params, tokens_BT))
 
   run_block = jax.checkpoint(block, policy=remat, static_argnums=0) if remat else block
   outputs, new_cache = [], []
@@ -173,23 +195,7 @@ def compiled_block(
 ) -> tuple[jax.Array, Cache]:
   """`block_apply` as a program of its own, the same for all blocks of a spec."""
   x_BTD, cache = block_apply(spec, config, params, x_BTD, context=context, cache=cache)
-  return x_BTD if rows is None else jax.lax.with_sharding_constraint(x_BTD, rows), cache
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rows"))
-def _begin(
-  config: ModelConfig,
-  params: Tree,
-  tokens_BT: Array,
-  positions_BT: Array | None,
-  segments_BT: Array | None,
-  rows: NamedSharding | None,
-) -> tuple[jax.Array, Context]:
-  if positions_BT is None:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  x_BTD = embed(params, tokens_BT)
-  x_BTD = x_BTD if rows is None else jax.lax.with_sharding_constraint(x_BTD, rows)
-  return x_BTD, context_of(config, positions_BT, segments_BT=segments_BT, dtype=jnp.float32)
+  return _kept(x_BTD, rows), cache
 
 
 def apply_by_block(
@@ -204,8 +210,9 @@ def apply_by_block(
 ) -> tuple[jax.Array, list[Cache]]:
   """`apply` in fp32 without a program of the whole model: to be called outside `jax.jit`.
 
-  There is a program for each kind of block instead, which compiles in a fraction of the time (a child of SmolLM2: 4 in
-  place of 18 s on two cores, a minute on a GPU) and runs as fast where a few programs a layer do not weigh.
+  There is a program for each kind of block instead, which compiles in a fraction of the time (for a first answer of
+  SmolLM2 on two cores 4 s in place of 18; on a GPU the whole program of it and a child took a minute) and runs as fast
+  where a program a layer does not weigh.
 
   Args:
     architecture, params: the "layers" form.
@@ -215,8 +222,8 @@ def apply_by_block(
   Returns:
     The residual stream [B, T, D] before the final norm, and the cache.
   """
-  config, head = architecture.config, {k: v for k, v in params.items() if k != "layers"}
-  x_BTD, context = _begin(config, head, tokens_BT, positions_BT, segments_BT, rows)
+  config = architecture.config
+  x_BTD, context = _compiled_start(config, head_of(params), tokens_BT, positions_BT, segments_BT, rows)
   new_cache = []
   for i, (spec, layer) in enumerate(zip(architecture.blocks, params["layers"], strict=True)):
     before = None if cache is None else cache[i]
@@ -244,7 +251,7 @@ def stacked(architecture: Architecture, params: Tree) -> Tree:
   """
   layers = iter(params["layers"])
   runs = [_stack(layers, length) for _, length in architecture.runs()]
-  return {k: v for k, v in params.items() if k != "layers"} | {"runs": runs}
+  return head_of(params) | {"runs": runs}
 
 
 def unstacked(architecture: Architecture, params: Tree) -> Tree:

@@ -73,7 +73,7 @@ def _next(
   x_BTD, cache = decoder.apply_by_block(architecture, params, tokens_BT, positions_BT=positions_BT, cache=cache)
   if mesh is not None:
     cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), cache)
-  head = {k: v for k, v in params.items() if k != "layers"}
+  head = decoder.head_of(params)
   return _logits(architecture.config, head, x_BTD[np.arange(len(last_B)), last_B][:, None])[:, 0], cache
 
 
@@ -185,8 +185,7 @@ class LanguageModel:
   def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
     """Next-token logits [B, T, V], fp32."""
     x_BTD, _ = decoder.apply_by_block(self.architecture, self.params, tokens_BT)
-    head = {k: v for k, v in self.params.items() if k != "layers"}
-    return np.asarray(_logits(self.architecture.config, head, x_BTD))
+    return np.asarray(_logits(self.architecture.config, decoder.head_of(self.params), x_BTD))
 
 
 @functools.partial(jax.jit, static_argnames="config")
