@@ -171,11 +171,10 @@ def measure(
   points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
   found = _all(models | wholes, points, plan, engine, folder, progress)
   about = _same_machine(found, folder)
-  parts, unreachable = _parts(models, found, plan, subblocks)
+  parts, floor, unreachable = _parts(models, found, plan, subblocks)
   if not parts:
     raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
   costs, fixed = by_difference.cost_tables(parts)
-  empty = found[list(models)[_EMPTY]]
   details: dict[str, Any] = {
     "timing": dataclasses.asdict(plan.config),
     "engine": about,
@@ -183,7 +182,7 @@ def measure(
     "kv_cache_tokens": {name: passes[0].engine.get("kv_cache_tokens") for name, passes in found.items()},
     "points": _points(models, found, plan),
     "unreachable": unreachable,
-    "limits": _limits(models, found, plan, parts),
+    "limits": _limits(found[list(models)[_HALF]], plan, floor),
     "residuals": {s: {b: p.residuals for b, p in batches.items()} for s, batches in parts.items()},
     "interpolation": {s: {b: p.interpolation for b, p in batches.items()} for s, batches in parts.items()},
   }
@@ -198,9 +197,9 @@ def measure(
     details=details,
     kv_bytes_per_value=_KV_BYTES,
     tensor_parallel=engine.tensor_parallel,
-    floor=_floor(empty, plan, parts),
+    floor=floor,
   )
-  details["children"] = _children(wholes, found, plan, table, empty=empty)
+  details["children"] = _children(wholes, found, plan, table)
   return table
 
 
@@ -302,11 +301,12 @@ def _parts(
   found: Mapping[str, Sequence[Measured]],
   plan: Plan,
   subblocks: Sequence[Subblock],
-) -> tuple[dict[str, dict[str, Differences]], list[dict[str, Any]]]:
-  """Differences by scenario and batch, and what could not be reached."""
+) -> tuple[dict[str, dict[str, Differences]], dict[str, dict[str, Seconds]], list[dict[str, Any]]]:
+  """By scenario and batch the differences, and what the all but empty model takes; and what could not be reached."""
   parts: dict[str, dict[str, Differences]] = {}
-  unreachable = []
-  fitted = {name: model for name, model in models.items() if name != list(models)[_EMPTY]}
+  floor: dict[str, dict[str, Seconds]] = {}
+  unreachable, empty = [], list(models)[_EMPTY]
+  fitted = {name: model for name, model in models.items() if name != empty}
   for scenario in plan.scenarios:
     for batch in plan.batches:
       seconds = {name: _totals(found[name], plan, batch, scenario) for name in models}
@@ -316,38 +316,22 @@ def _parts(
         continue
       reached = {name: s for name, s in seconds.items() if s is not None}
       parts.setdefault(scenario.name, {})[str(batch)] = by_difference.differences(fitted, reached, subblocks)
-  return parts, unreachable
-
-
-def _floor(
-  empty: Sequence[Measured], plan: Plan, parts: Mapping[str, Mapping[str, Differences]]
-) -> dict[str, dict[str, Seconds]]:
-  """What an all but empty model takes: no other takes less."""
-  found: dict[str, dict[str, Seconds]] = {}
-  for scenario in plan.scenarios:
-    for batch in parts.get(scenario.name, ()):
-      if seconds := _totals(empty, plan, int(batch), scenario):
-        found.setdefault(scenario.name, {})[batch] = seconds
-  return found
+      floor.setdefault(scenario.name, {})[str(batch)] = reached[empty]
+  return parts, floor, unreachable
 
 
 def _limits(
-  models: Mapping[str, Architecture],
-  found: Mapping[str, Sequence[Measured]],
-  plan: Plan,
-  parts: Mapping[str, Mapping[str, Differences]],
+  half: Sequence[Measured], plan: Plan, floor: Mapping[str, Mapping[str, Seconds]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
   """How much of the seconds of half the depth an all but empty model takes, and so who is the limit: GPU or host."""
-  base, empty = (list(models)[i] for i in (_HALF, _EMPTY))
   limits: dict[str, dict[str, dict[str, Any]]] = {}
   for scenario in plan.scenarios:
-    for batch in map(int, parts.get(scenario.name, ())):
-      whole, least = (_totals(found[name], plan, batch, scenario) for name in (base, empty))
+    for batch, least in floor.get(scenario.name, {}).items():
+      whole = _totals(half, plan, int(batch), scenario)
       assert whole is not None
-      assert least is not None
       share = {phase: least[phase] / whole[phase] for phase in PHASES}
       limit = {phase: "host" if share[phase] > HOST_SHARE else "gpu" for phase in PHASES}
-      limits.setdefault(scenario.name, {})[str(batch)] = {"empty_to_base": share, "limit": limit}
+      limits.setdefault(scenario.name, {})[batch] = {"empty_to_base": share, "limit": limit}
   return limits
 
 
@@ -378,8 +362,6 @@ def _children(
   found: Mapping[str, Sequence[Measured]],
   plan: Plan,
   table: CostTable,
-  *,
-  empty: Sequence[Measured],
 ) -> list[dict[str, Any]]:
   """Whole scenarios of whole models, measured and predicted; where the limit is the host, `limit` says so."""
   lines = []
@@ -391,8 +373,8 @@ def _children(
         if total is None or prefill is None:
           continue
         predicted = table.predict(child.blocks, scenario.name, str(batch))
-        waits = _totals(empty, plan, batch, scenario)
-        limit = "host" if waits and waits["decode_s"] > HOST_SHARE * (total - prefill) else "gpu"
+        waits = table.floor[scenario.name][str(batch)]["decode_s"]
+        limit = "host" if waits > HOST_SHARE * (total - prefill) else "gpu"
         lines.append(
           {"model": name, "scenario": scenario.name, "batch": batch, "blocks": [b.name for b in child.blocks]}
           | {"prefill_s": prefill, "decode_s": total - prefill, "predicted": predicted, "limit": limit}

@@ -128,8 +128,7 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
   if point["kind"] == "continue":
     return {"tokens": engine.generate(point["prompts"], point["output"])[0]}
   batch, length = point["batch"], point["tokens"]
-  tokens = {"prefill": 1, "decode": 1 + point.get("settle", 0) + point.get("steps", 0)}.get(point["kind"])
-  tokens = tokens or point["output"]
+  tokens = point.get("output", 1) + point.get("settle", 0) + point.get("steps", 0)
   block, room = engine.about["kv_block_tokens"], engine.about["kv_cache_tokens"]
   need = batch * -(-(length + tokens) // block) * block
   if need > room:
