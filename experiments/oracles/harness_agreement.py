@@ -71,8 +71,12 @@ def compare(files: list[Path], source: str, number: int) -> dict[str, Any]:
         }
         for kind in kinds
       }
+  command = f"python -m experiments.oracles.harness_agreement --tasks={','.join(file.name for file in files)}"
+  for flag, value in ((_MODEL, Path(source).name), (_ITEMS, number)):
+    if flag.value != flag.default:
+      command += f" --{flag.name}={value}"
   return {
-    "command": f"python -m experiments.oracles.harness_agreement --tasks={','.join(file.name for file in files)}",
+    "command": command,
     "date": datetime.date.today().isoformat(),
     "hardware": jax_timing.hardware(),
     "versions": versions() | installed(("lm_eval", "torch", "transformers")),

@@ -81,9 +81,9 @@ class Program:
     at = (np.arange(len(choice)), np.asarray(choice))
 
     def exceeds(bound: Bound) -> bool:
-      about, most = float(self.fixed(bound)) + float(self.weights(bound)[at].sum()), float(bound.most)
       if bound.floor > bound.most:
         return True
+      about, most = float(self.fixed(bound)) + float(self.weights(bound)[at].sum()), float(bound.most)
       clear = abs(about - most) > 1e-9 * most  # far more than rounding can do
       return about > most if clear else self.amount(bound, choice) > bound.most
 
