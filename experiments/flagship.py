@@ -2,7 +2,8 @@
 
     python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship …
     python -m experiments.serve_compare --engine=vllm --child=runs/flagship/min_speedup=1.5 \\
-      --out=served/min_speedup=1.5 --scenarios=6144/2048,4096/2048,2048/2048 --batches=256 --rounds=1
+      --out=served/min_speedup=1.5 --parent_out=served/parent --scenarios=6144/2048,7680/512,7680/128 \\
+      --batches=256 --max_batched_tokens=65536 --rounds=1
     python -m experiments.flagship --workdir=runs/flagship --served=served
 
 The second is for each child. A child is a run's directory in WORKDIR that got as far as its search; what it was in vLLM
@@ -194,11 +195,14 @@ def _shown(value: Any) -> str:
 def _served_command(served: dict[str, Any], workdir: Path, name: str) -> str:
   figures = served["parent"]["figures"]
   batches = sorted({int(batch) for by_batch in figures.values() for batch in by_batch})
-  engine = served["child"]["engine"].get("name", "vllm").lower()
-  return (
-    f"python -m experiments.serve_compare --engine={engine} --child=runs/{workdir.name}/{name} --out=served/{name} "
+  engine = served["child"]["engine"]
+  command = (
+    f"python -m experiments.serve_compare --engine={engine.get('name', 'vllm').lower()} "
+    f"--child=runs/{workdir.name}/{name} --out=served/{name} "
     f"--scenarios={','.join(figures)} --batches={','.join(map(str, batches))}"
   )
+  most = engine.get("max_batched_tokens")
+  return command if most is None else f"{command} --max_batched_tokens={most}"
 
 
 def main(argv: list[str]) -> None:

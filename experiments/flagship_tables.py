@@ -66,7 +66,8 @@ def where(record: Record) -> str:
       f"{e['name']} {e.get('version', '')} on {e.get('hardware', 'an unknown machine')}" for e in engines
     )
     text += f" and measured in {served}: {record['scenario']} tokens, batch {record['batch']}"
-    text += f"; the parent, measured anew beside each, differed by at most {_parents_spread(record):.1%}"
+    spread = _parents_spread(record)
+    text += f"; the parent, measured again, differed by at most {spread:.1%}" if spread else "; the parent once for all"
   return f"{text}."
 
 

@@ -80,6 +80,7 @@ _PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
 _GPUS = flags.DEFINE_list("gpus", [], "Numbers of GPUs on which vLLM measures different models at the same time.")
+_BATCHED = flags.DEFINE_integer("max_batched_tokens", 16384, "That a step takes at most in vLLM.", lower_bound=256)
 _TENSOR_PARALLEL = flags.DEFINE_integer(
   "tensor_parallel", 1, "GPUs that vLLM or TensorRT-LLM splits models over.", lower_bound=1
 )
@@ -220,7 +221,11 @@ def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario]
       built,
       plan=vllm_timing.Plan(tuple(scenarios), tuple(batches), timing),
       engine=VLLM(
-        python=_PYTHON.value, path=_PATH.value, tensor_parallel=_TENSOR_PARALLEL.value, gpus=tuple(_GPUS.value)
+        python=_PYTHON.value,
+        path=_PATH.value,
+        max_batched_tokens=_BATCHED.value,
+        tensor_parallel=_TENSOR_PARALLEL.value,
+        gpus=tuple(_GPUS.value),
       ),
       folder=parts.root,
       progress=Progress(),

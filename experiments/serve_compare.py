@@ -5,9 +5,10 @@
 
 Both are exported to OUT/exports first, the parent being the run's unless --parent names another. Exports that are there
 already are taken as they are: they can be made where JAX is and carried to where the engine is. What was measured is
-kept in OUT, and the same command goes on.
+kept in OUT, and the same command goes on. Children of one parent can share what was measured of it (--parent_out).
 """
 
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -29,6 +30,7 @@ _ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "tensorrt_llm", "torch"], "
 _OUT = flags.DEFINE_string("out", None, "A folder for exports, what was measured, and served.json.", required=True)
 _CHILD = flags.DEFINE_string("child", "", "A run's work directory, or a child's own; not needed once it is exported.")
 _PARENT = flags.DEFINE_string("parent", "", "The run's if empty; all that --config.parent takes.")
+_PARENT_OUT = flags.DEFINE_string("parent_out", "", "Where the parent's export and measurements are; OUT if empty.")
 _SCENARIOS = flags.DEFINE_list("scenarios", ["128/128"], "Tokens in and out, such as 128/1024.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "64"], "Requests at once.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the child's weights; the parent's are in bfloat16.")
@@ -36,16 +38,18 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each timing; the mean of the fas
 _EXPORT_ONLY = flags.DEFINE_bool("export_only", False, "Stop when both are exported.")
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has the engine.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds it, if not of that environment.")
+_BATCHED = flags.DEFINE_integer("max_batched_tokens", 16384, "That a step takes at most in vLLM.", lower_bound=256)
 _TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that each model is split over.", lower_bound=1)
 
 
-def exports(root: Path) -> dict[str, Path]:
+def exports(roots: dict[str, Path]) -> dict[str, Path]:
   """Parent and child as the engine reads them; made where they are missing."""
-  paths = {name: root / "exports" / name for name in ("parent", "child")}
+  paths = {name: root / "exports" / name for name, root in roots.items()}
   if all(path.is_dir() for path in paths.values()):
     return paths
   if not _CHILD.value:
-    raise PuzzleError(f"{root / 'exports'} holds no parent and child yet; name the child with --child")
+    missing = next(path for path in paths.values() if not path.is_dir())
+    raise PuzzleError(f"there is no {missing} yet; name the child with --child")
   workdir = find_child(_CHILD.value).workdir
   if not (parent := _PARENT.value or (read_json(workdir / "config.json")["parent"] if workdir else "")):
     raise PuzzleError(f"{_CHILD.value} is of no run: name its parent with --parent")
@@ -67,12 +71,12 @@ def _numbers(text: str, flag: str) -> list[int]:
 
 
 def _measured(
-  models: dict[str, Path], scenarios: list[Scenario], batches: list[int], folder: Path
+  models: dict[str, Path], scenarios: list[Scenario], batches: list[int], folders: dict[str, Path]
 ) -> dict[str, served.Served]:
   ranks = _TENSOR_PARALLEL.value
   if _ENGINE.value == "tensorrt_llm":
     return tensorrt_llm.serve(
-      models, scenarios=scenarios, batches=batches, ranks=ranks, folder=folder, progress=Progress()
+      models, scenarios=scenarios, batches=batches, ranks=ranks, folder=folders["child"], progress=Progress()
     )
   if _ENGINE.value == "torch":
     if ranks > 1 or _DTYPE.value != "bfloat16":
@@ -87,8 +91,10 @@ def _measured(
     scenarios=scenarios,
     batches=batches,
     rounds=_ROUNDS.value,
-    engine=VLLM(python=_PYTHON.value, path=_PATH.value, tensor_parallel=ranks),
-    folder=folder,
+    engine=VLLM(
+      python=_PYTHON.value, path=_PATH.value, max_batched_tokens=_BATCHED.value, tensor_parallel=ranks
+    ),
+    folders=folders,
     progress=Progress(),
   )
 
@@ -100,16 +106,18 @@ def main(argv: list[str]) -> None:
   try:
     scenarios = [Scenario(text, *_numbers(text, "scenarios")) for text in _SCENARIOS.value]
     batches = sorted({_numbers(text, "batches")[0] for text in _BATCHES.value})
-    work = Workdir(_OUT.value)
-    with work.lock():
-      models = exports(work.root)
+    roots = {"parent": Path(_PARENT_OUT.value or _OUT.value), "child": Path(_OUT.value)}
+    with contextlib.ExitStack() as locks:
+      for root in dict.fromkeys(roots.values()):
+        locks.enter_context(Workdir(root).lock())
+      models = exports(roots)
       if _EXPORT_ONLY.value:
         return
-      found = _measured(models, scenarios, batches, work.root / "measured")
+      found = _measured(models, scenarios, batches, {name: root / "measured" for name, root in roots.items()})
   except PuzzleError as e:
     sys.exit(f"error: {e}")
   described = {name: dataclasses.asdict(model) for name, model in found.items()}
-  write_json(work.root / "served.json", {"date": datetime.date.today().isoformat()} | described)
+  write_json(roots["child"] / "served.json", {"date": datetime.date.today().isoformat()} | described)
   print(", ".join(str(v) for k, v in found["child"].engine.items() if k in ("name", "version", "hardware")))
   print(served.table(found["parent"], found["child"]))
 

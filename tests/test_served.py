@@ -1,6 +1,7 @@
 """Parent and child in an engine, and the engine against JAX: with the stand-in for vLLM, whose answers are known."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def models(tmp_path) -> dict[str, Path]:
 
 def test_figures(models, tmp_path, quiet):
   options = {"scenarios": [CHAT], "batches": (2, 30), "rounds": 2, "engine": ENGINE, "progress": quiet}
-  found = served.serve(models, folder=tmp_path / "measured", **options)
+  found = served.serve(models, folders=dict.fromkeys(models, tmp_path / "measured"), **options)
   for name, blocks in BLOCKS.items():
     parts = [part for block in blocks for part in block.split("/")]
     layer = sum(SECONDS["step"][p] for p in parts)
@@ -70,6 +71,14 @@ def test_the_command_takes_exports_that_are_there(models, tmp_path):
   assert (
     record["child"]["figures"]["20/30"]["2"]["throughput"] > record["parent"]["figures"]["20/30"]["2"]["throughput"]
   )
+  shutil.copytree(tmp_path / "out/exports/child", tmp_path / "other/exports/child")
+  measured = {path: path.read_text() for path in (tmp_path / "out/measured/parent").glob("*.jsonl")}
+  shared = (f"--out={tmp_path / 'other'}", f"--parent_out={tmp_path / 'out'}", "--scenarios=20/30", "--batches=2")
+  other = said(*shared, f"--engine_path={FAKE}")  # the later of two flags counts
+  assert other.returncode == 0, other.stderr
+  assert json.loads((tmp_path / "other/served.json").read_text()) == record
+  assert measured
+  assert {path: path.read_text() for path in measured} == measured  # not loaded again
 
 
 def test_a_parent_of_any_format_is_exported(tmp_path):

@@ -76,10 +76,10 @@ def serve(
   batches: Sequence[int],
   rounds: int,
   engine: VLLM,
-  folder: Path,
+  folders: Mapping[str, Path],
   progress: Progress,
 ) -> dict[str, Served]:
-  """Measures exported models in vLLM, one after the other; what is in `folder` already is not measured again.
+  """Measures exported models in vLLM, one after the other; what their `folders` hold already is not measured again.
 
   Raises:
     PuzzleError: vLLM is missing or fails, a model that it does not run or that does not fit the memory.
@@ -98,11 +98,10 @@ def serve(
     for name, path in models.items():
       bar.set_postfix_str(name)
       settings = engine.settings(path, max_length=longest, batches=batches, dummy=False)
-      measured = vllm_process.measure(
-        engine, settings, points, vocab_size=opened[name].config.vocab_size, folder=folder / name, tick=bar.update
-      )
+      vocab, kept = opened[name].config.vocab_size, folders[name] / name
+      measured = vllm_process.measure(engine, settings, points, vocab_size=vocab, folder=kept, tick=bar.update)
       if not measured.engine:
-        raise PuzzleError(f"{name}: it does not fit the memory of the GPU; the log is in {folder / name}")
+        raise PuzzleError(f"{name}: it does not fit the memory of the GPU; the log is in {kept}")
       room, block = measured.engine["kv_cache_tokens"], measured.engine["kv_block_tokens"]
       found[name] = Served(
         weight_bytes=weight_bytes(path),

@@ -20,7 +20,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "larger than the available KV cache")
 _TAKEN = "is less than desired GPU memory"  # the model before may not be quite gone
 _POLL_S = 0.2
-_CHUNK = 16384  # tokens that a step takes at most: vLLM's own default here, but for few or short requests
+_BLOCK = 128  # tokens of a request that the KV cache holds together: fewer are more work for the scheduler
 _WAIT_S, _TRIES = 10.0, 6
 
 Point = dict[str, Any]  # see `vllm_worker`
@@ -34,6 +34,7 @@ class VLLM:
     python: the interpreter of the environment that has it.
     path: a folder of Python packages that it lies in, if not that environment's own.
     memory: share of the GPU's memory that it takes.
+    max_batched_tokens: that a step takes at most.
     tensor_parallel: GPUs that each model is split over.
     gpus: its own, by number; empty: the first ones.
   """
@@ -41,6 +42,7 @@ class VLLM:
   python: str = sys.executable
   path: str = ""
   memory: float = 0.9
+  max_batched_tokens: int = 16384
   tensor_parallel: int = 1
   gpus: tuple[str, ...] = ()
 
@@ -68,7 +70,8 @@ class VLLM:
       "gpu_memory_utilization": self.memory,
       "max_model_len": max_length,
       "max_num_seqs": max(batches),
-      "max_num_batched_tokens": _CHUNK,
+      "max_num_batched_tokens": self.max_batched_tokens,
+      "block_size": _BLOCK,
       "enable_prefix_caching": True,
       "compilation_config": {"cudagraph_capture_sizes": sorted(sizes)},
     }
@@ -185,8 +188,13 @@ def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[
 
 
 def _environment(engine: VLLM) -> dict[str, str]:
-  """FlashInfer would compile its sampler for minutes at every start."""
-  env = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+  """FlashInfer would compile its sampler for minutes at every start; Triton's kernels are kept for all models."""
+  env = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRITON_CACHE_DIR": os.path.expanduser("~/.triton/cache"),  # vLLM's own choice is a folder for each model
+  } | os.environ
   if engine.gpus:
     env["CUDA_VISIBLE_DEVICES"] = ",".join(engine.gpus)
   if engine.path:

@@ -38,7 +38,7 @@ from puzzle_jax.space import Space
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
 SETTLE = 4  # steps of a batch before those that are timed
-_FULL, _HALF, _EMPTY = range(3)  # of `timed_models`
+_FULL, _SHALLOW, _EMPTY = range(3)  # of `timed_models`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TimingConfig:
 
   Attributes:
     dtype: of the weights, one of `hf_export.DTYPES`.
-    layers: of the models that subblocks are timed in; half of them are the parent's own.
+    layers: of the models that subblocks are timed in; two thirds of them are the parent's own.
     rounds: of each point; the mean of the faster half counts.
     decode_steps: in one timing; behind `SETTLE` that are not timed.
     ffn_widths: how many of the space's FFN widths are timed, the others being interpolated; 0: all.
@@ -182,7 +182,7 @@ def measure(
     "kv_cache_tokens": {name: passes[0].engine.get("kv_cache_tokens") for name, passes in found.items()},
     "points": _points(models, found, plan),
     "unreachable": unreachable,
-    "limits": _limits(found[list(models)[_HALF]], plan, floor),
+    "limits": _limits(found[list(models)[_SHALLOW]], plan, floor),
     "residuals": {s: {b: p.residuals for b, p in batches.items()} for s, batches in parts.items()},
     "interpolation": {s: {b: p.interpolation for b, p in batches.items()} for s, batches in parts.items()},
   }
@@ -321,13 +321,13 @@ def _parts(
 
 
 def _limits(
-  half: Sequence[Measured], plan: Plan, floor: Mapping[str, Mapping[str, Seconds]]
+  shallow: Sequence[Measured], plan: Plan, floor: Mapping[str, Mapping[str, Seconds]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-  """How much of the seconds of half the depth an all but empty model takes, and so who is the limit: GPU or host."""
+  """How much of the seconds of the shallower model an all but empty one takes, and so who is the limit: GPU or host."""
   limits: dict[str, dict[str, dict[str, Any]]] = {}
   for scenario in plan.scenarios:
     for batch, least in floor.get(scenario.name, {}).items():
-      whole = _totals(half, plan, int(batch), scenario)
+      whole = _totals(shallow, plan, int(batch), scenario)
       assert whole is not None
       share = {phase: least[phase] / whole[phase] for phase in PHASES}
       limit = {phase: "host" if share[phase] > HOST_SHARE else "gpu" for phase in PHASES}

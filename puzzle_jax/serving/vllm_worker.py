@@ -13,9 +13,11 @@ another do. `scenario`: a whole one. `continue`: the greedy continuation of give
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -46,7 +48,7 @@ class Engine:
       "python": sys.version.split()[0],
       "hardware": f"{ranks} x {current_platform.get_device_name()}",
       "kv_cache_tokens": getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size,
-      "kv_block_tokens": 16,  # of a request, that its cache holds together
+      "kv_block_tokens": cache.block_size,
       "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
       "load_s": time.perf_counter() - begin,
     }
@@ -142,13 +144,16 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
 
 
 def _step_seconds(rounds: list[list[float]], tokens: int, point: dict[str, Any]) -> dict[str, Any]:
-  """Of a step in which all requests decode: behind the last prompt and before the first answer's end."""
+  """Of a step in which all requests decode: behind the last prompt and before the first answer's end; the mean without
+  the quarters of the fastest and the slowest, where something else had held the engine up."""
   found = []
   for came in rounds:
     first = len(came) - tokens + point["settle"]  # all prompts are read in so many steps more than the answers have
     if tokens - 1 - first < point["steps"] / 2:
       return {"unreachable": f"{len(came) - tokens + 1} steps read the prompts, which leaves too few for all to decode"}
-    found.append((came[tokens - 1] - came[first]) / (tokens - 1 - first))
+    steps = sorted(after - before for before, after in itertools.pairwise(came[first:tokens]))
+    quarter = len(steps) // 4
+    found.append(statistics.fmean(steps[quarter : len(steps) - quarter]))
   return {"seconds": found}
 
 

@@ -48,8 +48,8 @@ class LLM:
       )
       self.names += [f"gqa{heads}" if heads else "none", f"w{width}" if width else "none"]
     self.longest, self.calls, self.remembered, self.vocab = settings["max_model_len"], 0, {}, config["vocab_size"]
-    cache = types.SimpleNamespace(kv_cache_size_tokens=TABLE["kv_cache_tokens"])
-    scheduler = types.SimpleNamespace(max_num_batched_tokens=64)
+    cache = types.SimpleNamespace(kv_cache_size_tokens=TABLE["kv_cache_tokens"], block_size=16)
+    scheduler = types.SimpleNamespace(max_num_batched_tokens=settings["max_num_batched_tokens"])
     self.llm_engine = types.SimpleNamespace(
       is_sleeping=lambda: self.asleep,
       has_unfinished_requests=lambda: bool(self.queued),
