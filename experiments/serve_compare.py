@@ -91,9 +91,7 @@ def _measured(
     scenarios=scenarios,
     batches=batches,
     rounds=_ROUNDS.value,
-    engine=VLLM(
-      python=_PYTHON.value, path=_PATH.value, max_batched_tokens=_BATCHED.value, tensor_parallel=ranks
-    ),
+    engine=VLLM(python=_PYTHON.value, path=_PATH.value, max_batched_tokens=_BATCHED.value, tensor_parallel=ranks),
     folders=folders,
     progress=Progress(),
   )
