@@ -57,7 +57,9 @@ def logs(tmp_path: Path) -> list[Path]:
   return sorted((tmp_path / "parts").rglob("*.jsonl"))
 
 
-def test_differences_recover_what_each_subblock_costs(parent, tmp_path, quiet):
+@pytest.mark.parametrize("short", [10, 128])
+def test_differences_recover_what_each_subblock_costs(short, parent, tmp_path, quiet, monkeypatch):
+  monkeypatch.setattr(vllm_timing, "_SHORT", short)
   built = space_of(parent)
   blocks = ("gqa4/w512", "none/w256", "gqa1/none", "gqa1/w384", "none/none", "gqa4/w128")
   child = dataclasses.replace(parent, blocks=tuple(map(BlockSpec.parse, blocks)))
@@ -126,12 +128,34 @@ def test_models_side_by_side(parent, tmp_path, quiet, monkeypatch):
 
 
 def test_steps_are_those_in_which_all_requests_decode():
-  """Prompts read in three steps: the first answer of seven tokens ends two steps before the last."""
-  point = {"settle": 1, "steps": 4}
-  came = [10.0, 20.0, 30.0, 31.0, 32.0, 33.0, 34.0, 44.0, 54.0]
-  assert vllm_worker._step_seconds([came], 7, point) == {"seconds": [pytest.approx(1.0)]}
+  """Prompts read in three steps: the first answer of 11 tokens ends two steps before the last; one step is held up."""
+  point = {"settle": 1, "steps": 8}
+  came = [10.0, 20.0, 30.0, 31.0, 32.0, 33.0, 34.0, 39.0, 40.0, 41.0, 42.0, 52.0, 62.0]
+  found = vllm_worker._step_seconds([came], 11, point)
+  assert found == {"seconds": [pytest.approx(1.0)], "mean_s": [pytest.approx(11 / 7)]}
   (why,) = vllm_worker._step_seconds([came], 5, point).values()
-  assert why == "5 steps read the prompts, which leaves too few for all to decode"
+  assert why == "9 steps read the prompts, which leaves too few for all to decode"
+
+
+def test_what_holds_steps_up_belongs_to_no_block(parent, tmp_path, quiet, monkeypatch):
+  """Of the fixed part, for each step behind a short answer."""
+  monkeypatch.setattr(vllm_timing, "_SHORT", 10)
+  plan, built = dataclasses.replace(PLAN, scenarios=(CHAT,)), space_of(parent, ())
+  table = measure(parent, tmp_path, quiet, plan=plan, built=built)
+  for log in logs(tmp_path):
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+      line |= {"mean_s": [s + 0.25 for s in line["seconds"]]} if "mean_s" in line else {}
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  slower = measure(parent, tmp_path, quiet, plan=plan, built=built)
+  assert slower.details["stall_s"] == pytest.approx({"1": 0.25, "4": 0.25})
+  assert slower.subblocks["attention.gqa4"]["20/30"]["4"] == pytest.approx(
+    table.subblocks["attention.gqa4"]["20/30"]["4"]
+  )
+  for batch in ("1", "4"):
+    for part in ("fixed", "floor"):
+      more, less = (getattr(t, part)["20/30"][batch]["decode_s"] for t in (slower, table))
+      assert more - less == pytest.approx(20 * 0.25)
 
 
 def test_the_schedule_of_attention_is_that_of_the_layers_own_kv_heads(monkeypatch):

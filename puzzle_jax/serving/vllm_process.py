@@ -91,9 +91,9 @@ class Measured:
   points: tuple[dict[str, Any], ...]
   wall_s: float
 
-  def seconds(self, point: Point) -> list[float] | None:
-    """By round; None where the point could not be reached."""
-    return self._line(point).get("seconds")
+  def seconds(self, point: Point, kind: str = "seconds") -> list[float] | None:
+    """By round, or another of a line's lists (`vllm_worker`); None where the point could not be reached."""
+    return self._line(point).get(kind)
 
   def tokens(self, point: Point) -> list[list[int]]:
     """Of a `continue` point; raises PuzzleError where that failed."""

@@ -1,12 +1,16 @@
 """Costs in vLLM on the GPU at hand, by difference between whole models of random weights (imports no JAX).
 
 Each model of `by_difference` is loaded once (`vllm_process`) and measured at every batch: the prefill of each
-scenario's input, and decode steps at a few contexts that serve all scenarios. A scenario's seconds are those of the
-prefill and of the steps, interpolated between contexts: where prompts are read in parts, early requests decode beside
-late ones' prompts, and as many steps at the end are of smaller batches. A step takes what the GPU or the host's work
-takes, whichever is longer; so variants are timed beside the parent's layers, and the all but empty model, whose steps
-are the host's, is no part of the fit but the table's floor. Children given beside the space, the parent first, are
-timed in whole scenarios instead, and left out of the fit: what the table predicts of them is held against them.
+scenario's input, the same with a short answer, and decode steps at a few contexts that serve all scenarios. A
+scenario's seconds are those of the short answer and of the further steps, interpolated between contexts. The short
+answer has what no step has: where prompts are read in parts, early requests decode beside late ones' prompts, which
+takes them longer, and as many steps at the end are of smaller batches. Steps are timed undisturbed; how much longer the
+mean one takes is pooled over all models and belongs to no block.
+
+A step takes what the GPU or the host's work takes, whichever is longer; so variants are timed beside the parent's
+layers, and the all but empty model, whose steps are the host's, is no part of the fit but the table's floor. Children
+given beside the space, the parent first, are timed in whole scenarios instead, and left out of the fit: what the table
+predicts of them is held against them.
 
 Nothing is measured twice: what came is kept in a folder, model by model and point by point, and the same call goes on.
 With `passes` above one, all models are loaded and measured again, as many times, so that a machine that drifts is seen.
@@ -17,7 +21,7 @@ import dataclasses
 import queue
 import statistics
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from puzzle_jax.space import Space
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
 SETTLE = 4  # steps of a batch before those that are timed
+_SHORT = 128  # tokens of a short answer at most
 _FULL, _SHALLOW, _EMPTY = range(3)  # of `timed_models`
 
 
@@ -91,6 +96,11 @@ class Plan:
     timing = {"settle": SETTLE, "steps": self.config.decode_steps, "rounds": self.config.rounds}
     return {"kind": "decode", "batch": batch, "tokens": context} | timing
 
+  def short(self, batch: int, tokens: int) -> Point:
+    """Prompts with the shortest answer that a scenario has behind them, or with `_SHORT` tokens."""
+    outputs = [s.output_tokens for s in self.scenarios if s.input_tokens == tokens]
+    return self.prefill(batch, tokens) | {"kind": "scenario", "output": min(*outputs, _SHORT)}
+
   def whole(self, batch: int, scenario: Scenario) -> Point:
     """Once: it takes long, and a long generation varies little."""
     tokens = {"tokens": scenario.input_tokens, "output": scenario.output_tokens}
@@ -117,7 +127,8 @@ class Plan:
     """Of a model that subblocks are timed in; contexts ascend, as the worker wants them."""
     points = []
     for batch in self.batches:
-      points += [self.prefill(batch, tokens) for tokens in sorted({s.input_tokens for s in self.scenarios})]
+      for tokens in sorted({s.input_tokens for s in self.scenarios}):
+        points += [self.prefill(batch, tokens), self.short(batch, tokens)]
       points += [self.decode(batch, context) for context in self.contexts]
     return points
 
@@ -171,7 +182,8 @@ def measure(
   points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
   found = _all(models | wholes, points, plan, engine, folder, progress)
   about = _same_machine(found, folder)
-  parts, floor, unreachable = _parts(models, found, plan, subblocks)
+  stall_s = _stalls([passes for name, passes in found.items() if name in models], plan)
+  parts, floor, unreachable = _parts(models, found, plan, subblocks, stall_s)
   if not parts:
     raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
   costs, fixed = by_difference.cost_tables(parts)
@@ -182,7 +194,8 @@ def measure(
     "kv_cache_tokens": {name: passes[0].engine.get("kv_cache_tokens") for name, passes in found.items()},
     "points": _points(models, found, plan),
     "unreachable": unreachable,
-    "limits": _limits(found[list(models)[_SHALLOW]], plan, floor),
+    "stall_s": {str(batch): s for batch, s in stall_s.items()},
+    "limits": _limits(found[list(models)[_SHALLOW]], plan, floor, stall_s),
     "residuals": {s: {b: p.residuals for b, p in batches.items()} for s, batches in parts.items()},
     "interpolation": {s: {b: p.interpolation for b, p in batches.items()} for s, batches in parts.items()},
   }
@@ -280,20 +293,40 @@ def _mean(passes: Sequence[Measured], point: Point) -> float | None:
   return quiet_mean([s for r in rounds for s in r or ()]) if all(rounds) else None
 
 
-def _decode_s(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> float | None:
-  """Seconds behind the first token: a step a token, each at its context."""
+def _steps_s(passes: Sequence[Measured], plan: Plan, batch: int, contexts: np.ndarray) -> float | None:
+  """Seconds of undisturbed steps, one at each context."""
   steps = {c: _mean(passes, plan.decode(batch, c)) for c in plan.contexts}
   known = {c + plan.lead: s for c, s in steps.items() if s is not None}
-  if not known or (len(known) < len(steps) and max(known) < scenario.tokens):
+  if not known or (len(known) < len(steps) and max(known) < contexts[-1] + 1):
     return None
-  within = np.arange(scenario.input_tokens + 1, scenario.tokens, dtype=float)
-  return float(np.interp(within, list(known), list(known.values())).sum())
+  return float(np.interp(contexts, list(known), list(known.values())).sum())
 
 
-def _totals(passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario) -> Seconds | None:
-  prefill = _mean(passes, plan.prefill(batch, scenario.input_tokens))
-  decode = _decode_s(passes, plan, batch, scenario)
-  return None if prefill is None or decode is None else {"prefill_s": prefill, "decode_s": decode}
+def _totals(
+  passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario, stall_s: Mapping[int, float]
+) -> Seconds | None:
+  """A short answer, and a step for each further token."""
+  short = plan.short(batch, scenario.input_tokens)
+  prefill, begun = _mean(passes, plan.prefill(batch, scenario.input_tokens)), _mean(passes, short)
+  if prefill is None or begun is None:
+    return None
+  further = np.arange(scenario.input_tokens + short["output"], scenario.tokens, dtype=float)
+  steps = _steps_s(passes, plan, batch, further) if len(further) else 0.0
+  if steps is None:
+    return None
+  return {"prefill_s": prefill, "decode_s": max(begun - prefill, 0.0) + steps + len(further) * stall_s[batch]}
+
+
+def _stalls(models: Collection[Sequence[Measured]], plan: Plan) -> dict[int, float]:
+  """By batch, how much longer than undisturbed a step takes in the mean of all models and contexts; seconds."""
+  found = {}
+  for batch in plan.batches:
+    lines = [(m, plan.decode(batch, context)) for passes in models for m in passes for context in plan.contexts]
+    means, undisturbed = (
+      [s for m, point in lines for s in m.seconds(point, kind) or ()] for kind in ("mean_s", "seconds")
+    )
+    found[batch] = statistics.fmean(means) - statistics.fmean(undisturbed) if means else 0.0
+  return found
 
 
 def _parts(
@@ -301,6 +334,7 @@ def _parts(
   found: Mapping[str, Sequence[Measured]],
   plan: Plan,
   subblocks: Sequence[Subblock],
+  stall_s: Mapping[int, float],
 ) -> tuple[dict[str, dict[str, Differences]], dict[str, dict[str, Seconds]], list[dict[str, Any]]]:
   """By scenario and batch the differences, and what the all but empty model takes; and what could not be reached."""
   parts: dict[str, dict[str, Differences]] = {}
@@ -309,7 +343,7 @@ def _parts(
   fitted = {name: model for name, model in models.items() if name != empty}
   for scenario in plan.scenarios:
     for batch in plan.batches:
-      seconds = {name: _totals(found[name], plan, batch, scenario) for name in models}
+      seconds = {name: _totals(found[name], plan, batch, scenario, stall_s) for name in models}
       if missing := [name for name, s in seconds.items() if s is None]:
         why = next(line["unreachable"] for m in found[missing[0]] for line in m.unreachable())
         unreachable.append({"scenario": scenario.name, "batch": batch, "models": missing, "why": why})
@@ -321,13 +355,16 @@ def _parts(
 
 
 def _limits(
-  shallow: Sequence[Measured], plan: Plan, floor: Mapping[str, Mapping[str, Seconds]]
+  shallow: Sequence[Measured],
+  plan: Plan,
+  floor: Mapping[str, Mapping[str, Seconds]],
+  stall_s: Mapping[int, float],
 ) -> dict[str, dict[str, dict[str, Any]]]:
   """How much of the seconds of the shallower model an all but empty one takes, and so who is the limit: GPU or host."""
   limits: dict[str, dict[str, dict[str, Any]]] = {}
   for scenario in plan.scenarios:
     for batch, least in floor.get(scenario.name, {}).items():
-      whole = _totals(shallow, plan, int(batch), scenario)
+      whole = _totals(shallow, plan, int(batch), scenario, stall_s)
       assert whole is not None
       share = {phase: least[phase] / whole[phase] for phase in PHASES}
       limit = {phase: "host" if share[phase] > HOST_SHARE else "gpu" for phase in PHASES}

@@ -9,7 +9,8 @@ What is timed is from token ids to token ids, with the engine's own process and 
 requests are there: a closed batch. Requests are random tokens, each another: equal prompts would share their KV cache.
 `prefill`: a batch of new prompts until all have their first token. `decode`: of prompts that the engine remembers
 (prefix caching), `steps` of the whole batch, behind `settle` others: from when the tokens of one come to when those of
-another do. `scenario`: a whole one. `continue`: the greedy continuation of given prompts, no timing.
+another do. `scenario`: a whole one, from new prompts to the last token. `continue`: the greedy continuation of given
+prompts, no timing.
 """
 
 import importlib.util
@@ -144,9 +145,11 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
 
 
 def _step_seconds(rounds: list[list[float]], tokens: int, point: dict[str, Any]) -> dict[str, Any]:
-  """Of a step in which all requests decode: behind the last prompt and before the first answer's end; the mean without
-  the quarters of the fastest and the slowest, where something else had held the engine up."""
-  found = []
+  """Of a step in which all requests decode: behind the last prompt and before the first answer's end.
+
+  By round, the mean without the quarters of the fastest and the slowest, which something else had held up, and of all.
+  """
+  found, means = [], []
   for came in rounds:
     first = len(came) - tokens + point["settle"]  # all prompts are read in so many steps more than the answers have
     if tokens - 1 - first < point["steps"] / 2:
@@ -154,7 +157,8 @@ def _step_seconds(rounds: list[list[float]], tokens: int, point: dict[str, Any])
     steps = sorted(after - before for before, after in itertools.pairwise(came[first:tokens]))
     quarter = len(steps) // 4
     found.append(statistics.fmean(steps[quarter : len(steps) - quarter]))
-  return {"seconds": found}
+    means.append(statistics.fmean(steps))
+  return {"seconds": found, "mean_s": means}
 
 
 def work(job: dict[str, Any], make: Any = Engine) -> None:
