@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import eight_devices
 import pytest
 
 import puzzle_jax
@@ -59,6 +60,18 @@ def test_each_kind_begins_as_it_should(parent, written):
 def test_documents_are_the_same_in_other_parts(parent, written):
   assert Sampler(parent, CONFIG, TEXTS, seed=3).write(4, 5) == written[4:9]
   assert not set(Sampler(parent, CONFIG, TEXTS, seed=4).write(4, 5)) & set(written)
+
+
+def test_all_devices_write(folder):
+  program = f"""
+import json
+from puzzle_jax.data.sampling import Sampler, SamplingConfig
+from puzzle_jax.model.language_model import LanguageModel
+parent = LanguageModel.open({str(folder)!r})
+print(json.dumps(Sampler(parent, SamplingConfig(max_tokens=96, batch_rows=2), {TEXTS}, seed=3).write(0, 12)))
+"""
+  alone = Sampler(LanguageModel.open(folder), dataclasses.replace(CONFIG, max_tokens=96), TEXTS, seed=3).write(0, 12)
+  assert eight_devices.run(program) == alone
 
 
 def test_without_a_template_there_is_no_chat(parent, written):

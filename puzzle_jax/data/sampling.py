@@ -1,14 +1,17 @@
 """Text that the parent writes itself: for instruct parents without an open corpus, the data that fit best.
 
 Documents are numbered, and number i is the same whatever else is asked for: its kind, prompt, temperature and random
-numbers come from (seed, i). Kinds of prompts: `start`, the bare start token; `text`, the first words of a paragraph of
-another source; `chat`, the chat template, whose user's turn the parent writes first and then answers. Parts of so many
-documents are saved as they come; a killed run goes on with the first part that is missing.
+numbers come from (seed, i). All devices of the process write at once, each its share. Kinds of prompts: `start`, the
+bare start token; `text`, the first words of a paragraph of another source; `chat`, the chat template, whose user's turn
+the parent writes first and then answers. Parts of so many documents are saved as they come; a killed run goes on with
+the first part that is missing.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,7 +22,7 @@ from puzzle_jax import store
 from puzzle_jax.data import builders, documents
 from puzzle_jax.data.documents import DocumentSource
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.model import generation
+from puzzle_jax.model import decoder, generation
 from puzzle_jax.model.generation import Request
 from puzzle_jax.model.language_model import LanguageModel
 from puzzle_jax.progress import Progress
@@ -40,7 +43,7 @@ class SamplingConfig:
     temperatures: in turn.
     prompts: another source (`DataConfig.source`), the paragraphs of whose documents `text` begins with.
     max_tokens: longest document.
-    batch_rows: documents that are written at once.
+    batch_rows: documents that a device writes at once.
     dtype: of weights, matrix products and KV cache.
   """
 
@@ -83,7 +86,8 @@ class Sampler:
 
   def __init__(self, model: LanguageModel, config: SamplingConfig, texts: Sequence[str], *, seed: int):
     self._architecture, self._tokenizer, self._config, self._seed = model.architecture, model.tokenizer, config, seed
-    self._params = jax.tree.map(lambda w: w.astype(jnp.dtype(config.dtype)), model.params)
+    params = jax.tree.map(lambda w: w.astype(jnp.dtype(config.dtype)), model.params)
+    self._params = {device: jax.device_put(params, device) for device in jax.local_devices()}
     self._texts = texts
     self._most = min(config.max_tokens, model.architecture.config.max_context)
     has_template = model.tokenizer.chat_template is not None
@@ -121,15 +125,25 @@ class Sampler:
       for i, prompt in prompts.items()
       if len(prompt) < self._most
     }
-    answers = generation.generate(
-      self._architecture,
-      self._params,
-      list(requests.values()),
-      stop_ids=self._tokenizer.stop_ids,
-      batch_rows=self._config.batch_rows,
-      dtype=jnp.dtype(self._config.dtype),
-    )
-    return dict(zip(requests, answers, strict=True))
+
+    def share(k: int, device: jax.Device, params: decoder.Tree) -> dict[int, list[int]]:
+      own = dict(itertools.islice(requests.items(), k, None, len(self._params)))
+      with jax.default_device(device):
+        answers = generation.generate(
+          self._architecture,
+          params,
+          list(own.values()),
+          stop_ids=self._tokenizer.stop_ids,
+          batch_rows=self._config.batch_rows,
+          dtype=jnp.dtype(self._config.dtype),
+        )
+      return dict(zip(own, answers, strict=True))
+
+    found: dict[int, list[int]] = {}
+    with ThreadPoolExecutor(len(self._params)) as pool:
+      for part in pool.map(share, itertools.count(), *zip(*self._params.items(), strict=True)):
+        found |= part
+    return found
 
   def _words(self, number: int) -> list[int]:
     """The first words of some paragraph."""
