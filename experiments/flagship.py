@@ -30,6 +30,7 @@ from puzzle_jax.data.sets import rows_by_share
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.records import open_record
 from puzzle_jax.report.closing import lookup
+from puzzle_jax.serving.vllm_timing import HOST_SHARE
 from puzzle_jax.store import read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs' directories are.", required=True)
@@ -115,8 +116,8 @@ def child_of(summary: dict[str, Any], workdir: Path, name: str, served: dict[str
 
 
 def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, dict[str, dict[str, Any]]]:
-  """By scenario and batch, what the costs predict of parent and child and what was measured, and the child's ratio; by
-  phase, whether GPU or host was the limit of what the costs were measured in.
+  """By scenario and batch, what the costs predict of parent and child, what was measured, and the child's ratios; where
+  the costs have a floor, by phase whether GPU or host is the limit: the host, where the floor is `HOST_SHARE` of it.
 
   `throughput` is of tokens in and out, `output_throughput` of those that come out: of one closed batch, so that the
   ratio is the same.
@@ -125,17 +126,18 @@ def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, d
   found: dict[str, dict[str, dict[str, Any]]] = {}
   for scenario in costs.scenarios:
     for batch in costs.fixed[scenario.name]:
-      predicted = {}
+      predicted: dict[str, dict[str, Any]] = {}
       for model in _MODELS:
         blocks = map(BlockSpec.parse, models[model]["blocks"])
-        seconds = sum(costs.predict(blocks, scenario.name, batch).values())
+        phases = costs.predict(blocks, scenario.name, batch)
+        seconds, floor = sum(phases.values()), costs.floor.get(scenario.name, {}).get(batch)
         predicted[model] = {
           "throughput": int(batch) * scenario.tokens / seconds,
           "output_throughput": int(batch) * scenario.output_tokens / seconds,
         }
+        if floor:
+          predicted[model]["limit"] = {p: "host" if floor[p] > HOST_SHARE * s else "GPU" for p, s in phases.items()}
       here = {"predicted": predicted, "predicted_speedup": _ratio(predicted)}
-      if limit := lookup(costs.details, "limits", scenario.name, batch, "limit"):
-        here["limit"] = limit
       found.setdefault(scenario.name, {})[batch] = here
   for name, batches in (lookup(served, "parent", "figures") or {}).items():
     for batch, figures in batches.items():
@@ -145,7 +147,7 @@ def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, d
   return found
 
 
-def _ratio(models: dict[str, dict[str, float]]) -> float:
+def _ratio(models: dict[str, dict[str, Any]]) -> float:
   return models["child"]["throughput"] / models["parent"]["throughput"]
 
 

@@ -102,41 +102,46 @@ def children(record: Record) -> Table:
 
 def served(record: Record) -> Table:
   """Every scenario that was measured: both throughputs, latencies, and the prediction."""
-  header = ["scenario, batch", "limit", "model", "tokens/s, in and out", "out", "ratio", "predicted"]
-  header += ["first token (ms)", "each token (ms)"]
+  header = ["scenario, batch", "model", "tokens/s, in and out", "predicted", "out", "ratio", "predicted"]
+  header += ["limit of decoding", "first token (ms)", "each token (ms)"]
   rows = []
-  for (scenario, batch), limit in _measured(record).items():
-    head = [f"{scenario}, {batch}", limit]
+  for scenario, batch in _measured(record):
+    head = f"{scenario}, {batch}"
     for child in record["children"]:
-      if (found := lookup(child, "speed", scenario, batch, "measured")) is None:
+      here = lookup(child, "speed", scenario, batch)
+      if lookup(here, "measured") is None:
         continue
-      for model in ("parent", "child") if head[0] else ("child",):
-        figures, here = found[model], child["speed"][scenario][batch]
+      for model in ("parent", "child") if head else ("child",):
+        figures, predicted = here["measured"][model], lookup(here, "predicted", model)
+        error = predicted["throughput"] / figures["throughput"] - 1 if predicted else None
         ratios = [_cell("{:.3f}×", here.get(key)) for key in ("speedup", "predicted_speedup")]
         rows.append(
           [
-            *head,
+            head,
             name(child) if model == "child" else "parent",
             f"{figures['throughput']:,.0f}",
+            _cell("{:+.1%}", error),
             f"{figures['output_throughput']:,.0f}",
             *(ratios if model == "child" else ["", ""]),
+            lookup(predicted, "limit", "decode_s") or "",
             f"{1e3 * figures['first_token_s']:,.0f}",
             f"{1e3 * figures['token_s']:.2f}",
           ]
         )
-        head = ["", ""]
+        head = ""
   return header, rows
 
 
-def _measured(record: Record) -> dict[tuple[str, str], str]:
-  """What limited the profile's decoding, by the scenarios and batches in which some child was measured."""
+def _measured(record: Record) -> list[tuple[str, str]]:
+  """The scenarios and batches in which some child was measured."""
   places = [
-    (scenario, batch, found)
+    (scenario, batch)
     for child in record["children"]
     for scenario, batches in child["speed"].items()
     for batch, found in batches.items()
+    if "measured" in found
   ]
-  return {(s, b): lookup(found, "limit", "decode_s") or "" for s, b, found in places if "measured" in found}
+  return list(dict.fromkeys(places))
 
 
 def _parents_spread(record: Record) -> float:

@@ -5,7 +5,7 @@ Needs playwright and Chromium (`pip install -e '.[dev]'`, and the system's packa
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,23 @@ def pictures() -> dict[str, go.Figure]:
 
 
 def flagship(record: dict[str, Any]) -> dict[str, go.Figure | None]:
-  """The strip of each child, and quality against measured speed: accuracy preserved, and KL, with 95 % intervals."""
+  """The strip of each child, and quality against speed, measured and (open) predicted: accuracy preserved, and KL, with
+  95 % intervals."""
   found = [(child, x) for child in record["children"] if (x := flagship_tables.speedup(record, child)) is not None]
   means = [(c, x, mean) for c, x in found if lookup(mean := lookup(c, "tasks", "mean"), "ratio") is not None]
   kls = [(child, x, after) for child, x in found if (after := lookup(child, "heldout", "after_gkd"))]
+  predicted = {child["run"]: flagship_tables.speedup(record, child, "predicted_speedup") for child, _ in found}
   figure = make_subplots(1, 2, horizontal_spacing=0.12)
   ends = [[mean["ratio"] if mean[end] is None else mean[end] for end in ("ratio", "low", "high")] for *_, mean in means]
-  _curve(figure, means, [(100.0, 100.0, 100.0), *([100 * value for value in three] for three in ends)], column=1)
+  percent = [(100.0, 100.0, 100.0), *([100 * value for value in three] for three in ends)]
+  _curve(figure, means, percent, predicted, column=1)
   nats = [[after["kl"] + sign * 1.96 * after["kl_stderr"] for sign in (0, -1, 1)] for *_, after in kls]
-  _curve(figure, kls, [(0.0, 0.0, 0.0), *nats], column=2)
+  _curve(figure, kls, [(0.0, 0.0, 0.0), *nats], predicted, column=2)
   star = {"marker": {"symbol": "star", "size": 12, "color": plots.FFN}, "text": ["the paper's 51B"]}
   figure.add_scatter(x=[2.17], y=[98.4], mode="markers+text", textposition="top center", row=1, col=1, **star)
   plots._style(figure, height=360, x=f"times the parent's throughput, {record['scenario']} tokens", y="")
-  figure.update_xaxes(range=[0.9, max([2.17, *(x for _, x in found)]) + 0.25])
+  fastest = max([2.17, *(x for _, x in found), *filter(None, predicted.values())])
+  figure.update_xaxes(range=[0.9, fastest + 0.25])
   figure.update_yaxes(title="% of the parent's accuracy", row=1, col=1)
   figure.update_yaxes(title="KL on held-out text, nats a token", row=1, col=2).update_layout(showlegend=False)
   strips = {
@@ -76,18 +80,24 @@ def _curve(
   figure: go.Figure,
   points: Sequence[tuple[dict[str, Any], float, Any]],
   values: Sequence[Sequence[float]],
+  predicted: Mapping[str, float | None],
   *,
   column: int,
 ) -> None:
-  """From the parent through the children; each value with the ends of its interval."""
+  """The parent and its children, each value with the ends of its interval; a line through where they were predicted."""
   bars: dict[str, Any] = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 5}
   bars |= {"array": [high - y for y, _, high in values], "arrayminus": [y - low for y, low, _ in values]}
   x, text = [1.0, *(x for _, x, _ in points)], ["parent", *(flagship_tables.name(child) for child, *_ in points)]
   place = "top right" if column == 1 else "bottom right"  # beside the line
-  look = {"marker": {"color": plots.ATTENTION, "size": 9}, "mode": "lines+markers+text"}
+  look = {"marker": {"color": plots.ATTENTION, "size": 9}, "mode": "markers+text"}
   figure.add_scatter(
     x=x, y=[y for y, *_ in values], text=text, textposition=place, error_y=bars, **look, row=1, col=column
   )
+  ahead = [1.0, *(predicted[child["run"]] for child, *_ in points)]
+  mark = {"symbol": "circle-open", "color": plots.ATTENTION, "size": 9}
+  line = {"color": plots.ATTENTION, "width": 1, "dash": "dot"}
+  y = [y for y, *_ in values]
+  figure.add_scatter(x=ahead, y=y, mode="lines+markers", marker=mark, line=line, row=1, col=column)
 
 
 def main(argv: list[str]) -> None:

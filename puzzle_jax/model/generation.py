@@ -256,7 +256,7 @@ def _padded(
   requests: Sequence[Request], admitted: list[tuple[int, int]], *, group: int, nowhere: int
 ) -> tuple[np.ndarray, ...]:
   """Prompts, lengths, rows, last positions, temperatures and seeds; what fills up the group goes to row `nowhere`."""
-  width = prompt_length(max(len(requests[index].prompt) for _, index in admitted))
+  width = _rounded(prompt_length(max(len(requests[index].prompt) for _, index in admitted)))
   prompts, length, row, last, seed = np.zeros((group, width), np.int32), *np.zeros((4, group), np.int32)
   temperature = np.zeros(group, np.float32)
   length[:], row[:] = 1, nowhere
