@@ -140,8 +140,10 @@ def measure(engine: Any, prompts: Prompts, point: dict[str, Any], mark: int) -> 
     repeated = prompts(batch, length, 0)  # shorter contexts of the batch come first: their tokens are remembered
     engine.generate(repeated, 1)
     return _step_seconds([engine.generate(repeated, tokens)[1] for _ in range(point["rounds"])], tokens, point)
-  times = [engine.generate(prompts(batch, length, mark + i), tokens if i else 1) for i in range(point["rounds"] + 1)]
-  return {"seconds": [came[-1] for _, came in times[1:]]}  # the first warms up
+  if point["kind"] == "prefill":  # warms up; a scenario comes behind a prefill
+    engine.generate(prompts(batch, length, mark), 1)
+  times = [engine.generate(prompts(batch, length, mark + 1 + i), tokens)[1] for i in range(point["rounds"])]
+  return {"seconds": [came[-1] for came in times]}
 
 
 def _step_seconds(rounds: list[list[float]], tokens: int, point: dict[str, Any]) -> dict[str, Any]:
