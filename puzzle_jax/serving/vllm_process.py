@@ -20,6 +20,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _NO_MEMORY = ("out of memory", "No available memory for the cache blocks", "larger than the available KV cache")
 _TAKEN = "is less than desired GPU memory"  # the model before may not be quite gone
 _POLL_S = 0.2
+_RESULTS = 2  # raised when the worker measures otherwise: older results are not taken up
 _BLOCK = 128  # tokens of a request that the KV cache holds together: fewer are more work for the scheduler
 _WAIT_S, _TRIES = 10.0, 6
 
@@ -133,7 +134,7 @@ def measure(
       that does not load, are recorded as not reachable instead.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  key = digest({k: v for k, v in settings.items() if k != "model"} | {"tested": TESTED})[:12]
+  key = digest({k: v for k, v in settings.items() if k != "model"} | {"tested": TESTED, "results": _RESULTS})[:12]
   results, log, job = folder / f"{key}.jsonl", folder / "vllm.log", folder / "job.json"
   described = {"settings": settings, "results": str(results), "vocab_size": vocab_size, "oldest": TESTED}
   write_json(job, described | {"points": list(points), "parent": os.getpid()})
