@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 
 import eight_devices
 import pytest
@@ -9,7 +13,7 @@ import pytest
 import puzzle_jax
 from configs import tiny
 from experiments import tiny_parent
-from puzzle_jax import data
+from puzzle_jax import data, preemption
 from puzzle_jax.config import DataConfig, RunConfig
 from puzzle_jax.data import sampling, sets
 from puzzle_jax.data.documents import SourceFile
@@ -60,6 +64,17 @@ def test_each_kind_begins_as_it_should(parent, written):
 def test_documents_are_the_same_in_other_parts(parent, written):
   assert Sampler(parent, CONFIG, TEXTS, seed=3).write(4, 5) == written[4:9]
   assert not set(Sampler(parent, CONFIG, TEXTS, seed=4).write(4, 5)) & set(written)
+
+
+def test_sigterm_does_not_wait_until_all_is_written(parent, listening, monkeypatch):
+  def endless(*args, ended, **options):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while not ended(0, []):
+      time.sleep(0.01)
+
+  monkeypatch.setattr(sampling.generation, "generate", endless)
+  with pytest.raises(preemption.PreemptedError):
+    Sampler(parent, CONFIG, TEXTS, seed=3).write(0, 3)
 
 
 def test_all_devices_write(folder):

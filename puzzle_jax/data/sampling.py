@@ -10,6 +10,7 @@ the first part that is missing.
 import dataclasses
 import itertools
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,13 @@ class Sampler:
       for i, prompt in prompts.items()
       if len(prompt) < self._most
     }
+    stopped = threading.Event()
+
+    def goes_on(index: int, answer: list[int]) -> bool:
+      del index, answer
+      if stopped.is_set():
+        raise PuzzleError("another device's documents were given up")
+      return False
 
     def share(k: int, device: jax.Device, params: decoder.Tree) -> dict[int, list[int]]:
       own = dict(itertools.islice(requests.items(), k, None, len(self._params)))
@@ -136,13 +144,18 @@ class Sampler:
           stop_ids=self._tokenizer.stop_ids,
           batch_rows=self._config.batch_rows,
           dtype=jnp.dtype(self._config.dtype),
+          ended=goes_on,
         )
       return dict(zip(own, answers, strict=True))
 
     found: dict[int, list[int]] = {}
     with ThreadPoolExecutor(len(self._params)) as pool:
-      for part in pool.map(share, itertools.count(), *zip(*self._params.items(), strict=True)):
-        found |= part
+      try:
+        for part in pool.map(share, itertools.count(), self._params, self._params.values()):
+          found |= part
+      except BaseException:
+        stopped.set()  # else the pool, and with it SIGTERM, would wait until all is written
+        raise
     return found
 
   def _words(self, number: int) -> list[int]:
