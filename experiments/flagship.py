@@ -30,7 +30,7 @@ from puzzle_jax.data.sets import rows_by_share
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.records import open_record
 from puzzle_jax.report.closing import lookup
-from puzzle_jax.serving.vllm_timing import HOST_SHARE
+from puzzle_jax.serving import vllm_timing
 from puzzle_jax.store import read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs' directories are.", required=True)
@@ -117,7 +117,7 @@ def child_of(summary: dict[str, Any], workdir: Path, name: str, served: dict[str
 
 def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, dict[str, dict[str, Any]]]:
   """By scenario and batch, what the costs predict of parent and child, what was measured, and the child's ratios; where
-  the costs have a floor, by phase whether GPU or host is the limit: the host, where the floor is `HOST_SHARE` of it.
+  the costs have a floor, by phase whether GPU or host is the limit (`vllm_timing.limit_of`).
 
   `throughput` is of tokens in and out, `output_throughput` of those that come out: of one closed batch, so that the
   ratio is the same.
@@ -136,7 +136,7 @@ def speed(summary: dict[str, Any], served: dict[str, Any] | None) -> dict[str, d
           "output_throughput": int(batch) * scenario.output_tokens / seconds,
         }
         if floor:
-          predicted[model]["limit"] = {p: "host" if floor[p] > HOST_SHARE * s else "GPU" for p, s in phases.items()}
+          predicted[model]["limit"] = vllm_timing.limit_of(phases, floor)
       here = {"predicted": predicted, "predicted_speedup": _ratio(predicted)}
       found.setdefault(scenario.name, {})[batch] = here
   for name, batches in (lookup(served, "parent", "figures") or {}).items():

@@ -123,7 +123,7 @@ def served(record: Record) -> Table:
             _cell("{:+.1%}", error),
             f"{figures['output_throughput']:,.0f}",
             *(ratios if model == "child" else ["", ""]),
-            lookup(predicted, "limit", "decode_s") or "",
+            (lookup(predicted, "limit", "decode_s") or "").replace("gpu", "GPU"),
             f"{1e3 * figures['first_token_s']:,.0f}",
             f"{1e3 * figures['token_s']:.2f}",
           ]

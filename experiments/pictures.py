@@ -89,15 +89,13 @@ def _curve(
   bars |= {"array": [high - y for y, _, high in values], "arrayminus": [y - low for y, low, _ in values]}
   x, text = [1.0, *(x for _, x, _ in points)], ["parent", *(flagship_tables.name(child) for child, *_ in points)]
   place = "top right" if column == 1 else "bottom right"  # beside the line
-  look = {"marker": {"color": plots.ATTENTION, "size": 9}, "mode": "markers+text"}
-  figure.add_scatter(
-    x=x, y=[y for y, *_ in values], text=text, textposition=place, error_y=bars, **look, row=1, col=column
-  )
+  y, mark = [y for y, *_ in values], {"color": plots.ATTENTION, "size": 9}
+  where = {"row": 1, "col": column}
+  figure.add_scatter(x=x, y=y, text=text, textposition=place, error_y=bars, mode="markers+text", marker=mark, **where)
   ahead = [1.0, *(predicted[child["run"]] for child, *_ in points)]
-  mark = {"symbol": "circle-open", "color": plots.ATTENTION, "size": 9}
   line = {"color": plots.ATTENTION, "width": 1, "dash": "dot"}
-  y = [y for y, *_ in values]
-  figure.add_scatter(x=ahead, y=y, mode="lines+markers", marker=mark, line=line, row=1, col=column)
+  hollow = mark | {"symbol": "circle-open"}
+  figure.add_scatter(x=ahead, y=y, mode="lines+markers", marker=hollow, line=line, **where)
 
 
 def main(argv: list[str]) -> None:

@@ -80,7 +80,9 @@ _PASSES = flags.DEFINE_integer("passes", 1, "How often all models are loaded and
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has vLLM.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds vLLM, if not of that environment.")
 _GPUS = flags.DEFINE_list("gpus", [], "Numbers of GPUs on which vLLM measures different models at the same time.")
-_BATCHED = flags.DEFINE_integer("max_batched_tokens", 16384, "That a step takes at most in vLLM.", lower_bound=256)
+_BATCHED = flags.DEFINE_integer(
+  "max_batched_tokens", VLLM.max_batched_tokens, "That a step takes at most in vLLM.", lower_bound=256
+)
 _TENSOR_PARALLEL = flags.DEFINE_integer(
   "tensor_parallel", 1, "GPUs that vLLM or TensorRT-LLM splits models over.", lower_bound=1
 )

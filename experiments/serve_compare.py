@@ -38,7 +38,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each timing; the mean of the fas
 _EXPORT_ONLY = flags.DEFINE_bool("export_only", False, "Stop when both are exported.")
 _PYTHON = flags.DEFINE_string("engine_python", sys.executable, "The Python of the environment that has the engine.")
 _PATH = flags.DEFINE_string("engine_path", "", "A folder of packages that holds it, if not of that environment.")
-_BATCHED = flags.DEFINE_integer("max_batched_tokens", 16384, "That a step takes at most in vLLM.", lower_bound=256)
+_BATCHED = flags.DEFINE_integer(
+  "max_batched_tokens", VLLM.max_batched_tokens, "That a step takes at most in vLLM.", lower_bound=256
+)
 _TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that each model is split over.", lower_bound=1)
 
 

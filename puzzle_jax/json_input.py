@@ -75,7 +75,7 @@ def number(value: Any, where: str, *, signed: bool = False) -> float:
   return float(value)
 
 
-def costs(value: Any, where: str, scenarios: Collection[str]) -> dict[tuple[str, int], tuple[float, float]]:
+def costs_of(value: Any, where: str, scenarios: Collection[str]) -> dict[tuple[str, int], tuple[float, float]]:
   """Of `{scenario: {batch: {"prefill_s": …, "decode_s": …}}}` the two seconds by scenario and batch.
 
   Raises:

@@ -13,8 +13,7 @@ from typing import Any
 
 from puzzle_jax.arch import Architecture, BlockSpec, Subblock
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.json_input import costs as costs_of
-from puzzle_jax.json_input import mapping, number, read_object
+from puzzle_jax.json_input import costs_of, mapping, number, read_object
 from puzzle_jax.serving import engines
 from puzzle_jax.space import Space
 

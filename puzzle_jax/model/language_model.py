@@ -54,10 +54,14 @@ def decode_step(
   assert out.cache is not None
   hidden_B1D = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
   logits = decoder.logits(params, hidden_B1D)[:, 0]
+  return logits if mesh is None else mesh_lib.laid(mesh, logits, P()), _on_mesh(out.cache, mesh)
+
+
+def _on_mesh(cache: list[Any], mesh: Mesh | None) -> list[Any]:
+  """The cache as `empty_cache` lays it."""
   if mesh is None:
-    return logits, out.cache
-  cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), out.cache)
-  return mesh_lib.laid(mesh, logits, P()), cache
+    return cache
+  return jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), cache)
 
 
 def _next(
@@ -71,10 +75,9 @@ def _next(
 ) -> tuple[jax.Array, list[Any]]:
   """`decode_step` by `decoder.apply_by_block`: answers are too short to compile a program of the whole model for."""
   x_BTD, cache = decoder.apply_by_block(architecture, params, tokens_BT, positions_BT=positions_BT, cache=cache)
-  if mesh is not None:
-    cache = jax.tree.map(lambda x: mesh_lib.laid(mesh, x, mesh_lib.cache_spec(mesh, x.shape)), cache)
   head = decoder.head_of(params)
-  return _logits(architecture.config, head, x_BTD[np.arange(len(last_B)), last_B][:, None])[:, 0], cache
+  logits = _logits(architecture.config, head, x_BTD[np.arange(len(last_B)), last_B][:, None])[:, 0]
+  return logits, _on_mesh(cache, mesh)
 
 
 def empty_cache(architecture: Architecture, mesh: Mesh | None, *, batch: int, length: int) -> list[Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.json_input import costs as costs_of
-from puzzle_jax.json_input import mapping, number
+from puzzle_jax.json_input import costs_of, mapping, number
 
 FORMAT = "puzzle-block-table/1"
 COLUMNS = ("score", "score_stderr", "params", "param_bytes", "kv_bytes_per_token")

@@ -26,6 +26,7 @@ from puzzle_jax.space import Space
 from puzzle_jax.tokenizer import Tokenizer
 
 PHASES = ("prefill_s", "decode_s")
+HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
 
 
 def subblocks_of(space: Space) -> list[Subblock]:

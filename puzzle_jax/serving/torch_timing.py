@@ -28,7 +28,6 @@ from puzzle_jax.serving.torch_engine import Cache, RandomWeights, Session
 from puzzle_jax.space import Space
 
 ENGINE = "torch"  # in the table of capabilities
-_HOST_SHARE = 0.7  # as in vLLM's tables: an all but empty model that takes more of the whole one's time waits elsewhere
 
 Times = dict[str, list[float]]  # by what was timed: `prefill`, or the context of a step
 
@@ -107,7 +106,7 @@ def measure(
         details["points"] += _points({n: rounds[n] for n in models}, scenario, batch)
         base, _, empty, *_ = models
         share = {phase: totals[empty][phase] / totals[base][phase] for phase in PHASES}
-        limit = {phase: "fixed" if share[phase] > _HOST_SHARE else "blocks" for phase in PHASES}
+        limit = {phase: "fixed" if share[phase] > by_difference.HOST_SHARE else "blocks" for phase in PHASES}
         details["limits"].setdefault(scenario.name, {})[str(batch)] = {"empty_to_base": share, "limit": limit}
   if not parts:
     raise PuzzleError(f"PyTorch reached none of the scenarios at any batch: {details['unreachable'][0]['why']}")

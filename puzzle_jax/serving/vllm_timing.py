@@ -35,12 +35,11 @@ from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import by_difference, engines, fp8, hf_export, vllm_process
-from puzzle_jax.serving.by_difference import PHASES, Differences
+from puzzle_jax.serving.by_difference import HOST_SHARE, PHASES, Differences
 from puzzle_jax.serving.vllm_process import VLLM, Measured, Point
 from puzzle_jax.space import Space
 
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
-HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
 SETTLE = 4  # steps of a batch before those that are timed
 _SHORT = 128  # tokens of a short answer at most
 _FULL, _SHALLOW, _EMPTY = range(3)  # of `timed_models`
@@ -354,6 +353,11 @@ def _parts(
   return parts, floor, unreachable
 
 
+def limit_of(seconds: Seconds, floor: Seconds) -> dict[str, str]:
+  """By phase, what a model of these seconds waits for, `gpu` or `host`; `floor` is what an all but empty one takes."""
+  return {phase: "host" if floor[phase] > HOST_SHARE * seconds[phase] else "gpu" for phase in PHASES}
+
+
 def _limits(
   shallow: Sequence[Measured],
   plan: Plan,
@@ -367,8 +371,7 @@ def _limits(
       whole = _totals(shallow, plan, int(batch), scenario, stall_s)
       assert whole is not None
       share = {phase: least[phase] / whole[phase] for phase in PHASES}
-      limit = {phase: "host" if share[phase] > HOST_SHARE else "gpu" for phase in PHASES}
-      limits.setdefault(scenario.name, {})[batch] = {"empty_to_base": share, "limit": limit}
+      limits.setdefault(scenario.name, {})[batch] = {"empty_to_base": share, "limit": limit_of(whole, least)}
   return limits
 
 
@@ -410,11 +413,12 @@ def _children(
         if total is None or prefill is None:
           continue
         predicted = table.predict(child.blocks, scenario.name, str(batch))
-        waits = table.floor[scenario.name][str(batch)]["decode_s"]
-        limit = "host" if waits > HOST_SHARE * (total - prefill) else "gpu"
+        took = {"prefill_s": prefill, "decode_s": total - prefill}
+        limit = limit_of(took, table.floor[scenario.name][str(batch)])["decode_s"]
         lines.append(
           {"model": name, "scenario": scenario.name, "batch": batch, "blocks": [b.name for b in child.blocks]}
-          | {"prefill_s": prefill, "decode_s": total - prefill, "predicted": predicted, "limit": limit}
+          | took
+          | {"predicted": predicted, "limit": limit}
           | {"throughput": batch * scenario.tokens / total, "error": total / sum(predicted.values()) - 1}
         )
   return lines
