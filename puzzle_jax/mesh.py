@@ -127,8 +127,8 @@ def vocabulary_spec(mesh: Mesh, size: int) -> P:
 
 
 def cache_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
-  """Of keys or values [B, S, K, H]: heads along `model` if that divides them."""
-  return P(None, None, "model" if shape[2] % mesh.shape["model"] == 0 else None)
+  """Of keys or values [B, K, S, H]: heads along `model` if that divides them."""
+  return P(None, "model" if shape[1] % mesh.shape["model"] == 0 else None)
 
 
 def laid(mesh: Mesh, x: jax.Array, spec: P) -> jax.Array:

@@ -263,11 +263,11 @@ def unstacked(architecture: Architecture, params: Tree) -> Tree:
 
 
 def empty_cache(architecture: Architecture, *, batch: int, length: int, dtype: Any = jnp.float32) -> list[Cache]:
-  """A KV cache of `length` slots for `batch` rows."""
+  """A KV cache of `length` slots for `batch` rows: keys and values [B, K, S, H], a head's slots side by side."""
 
   def layer(spec: BlockSpec) -> Cache:
     heads = spec.kv_bytes_per_token(architecture.config, bytes_per_value=1) // (2 * architecture.config.head_dim)
-    shape = (batch, length, heads, architecture.config.head_dim)
+    shape = (batch, heads, length, architecture.config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} if heads else {}
 
   return [layer(spec) for spec in architecture.blocks]

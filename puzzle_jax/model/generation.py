@@ -110,7 +110,7 @@ def _admit(
   fresh = decoder.empty_cache(architecture, batch=count, length=width, dtype=dtype)
   positions = jnp.broadcast_to(jnp.arange(width), (count, width))
   logits, fresh = decode_step(architecture, params, prompts_NT, positions, length_N - 1, fresh, dtype=dtype)
-  cache = jax.tree.map(lambda old, new: old.at[row_N, :width].set(new, mode="drop"), rows.cache, fresh)
+  cache = jax.tree.map(lambda old, new: old.at[row_N, :, :width].set(new, mode="drop"), rows.cache, fresh)
   key_N = jax.vmap(jax.random.key)(seed_N)
   token_N = _next(logits, temperature_N, key_N, length_N)
 

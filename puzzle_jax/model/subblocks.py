@@ -96,6 +96,23 @@ def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: j
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation)
 
 
+def _put(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  """Keys or values to the slots of their positions."""
+  rows = jnp.arange(new_BTKH.shape[0])[:, None]
+  return cache_BKSH.at[rows, :, positions_BT].set(new_BTKH.astype(cache_BKSH.dtype))
+
+
+def _attend_cached(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array) -> jax.Array:
+  """Attention to all slots up to the query's own; the products are batched over rows and KV heads as the cache lies."""
+  k_BKSH, v_BKSH = (cache[name].astype(q_BTNH.dtype) for name in ("k", "v"))
+  batch, tokens, heads, size = q_BTNH.shape
+  q_BTKGH = q_BTNH.reshape(batch, tokens, k_BKSH.shape[1], -1, size)
+  scores_BKGTS = dot("btkgh,bksh->bkgts", q_BTKGH, k_BKSH, out=jnp.float32) * size**-0.5
+  seen_BTS = jnp.arange(k_BKSH.shape[2])[None, None] <= positions_BT[..., None]
+  p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
+  return dot("bkgts,bksh->btkgh", p_BKGTS.astype(v_BKSH.dtype), v_BKSH).reshape(batch, tokens, heads, size)
+
+
 def _attend_within(segments_BT: jax.Array, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
   """Causal attention within documents, exactly: block by block of queries against the keys up to the block's end, which
   leaves out three eighths of a whole mask."""
@@ -153,13 +170,8 @@ class GQAttention(_Subblock):
     k = _rotate(project("k", self.spec.kv_heads), context)
     v = project("v", self.spec.kv_heads)
     if cache:
-      rows = jnp.arange(q.shape[0])[:, None]
-      cache = {
-        "k": cache["k"].at[rows, context.positions_BT].set(k.astype(cache["k"].dtype)),
-        "v": cache["v"].at[rows, context.positions_BT].set(v.astype(cache["v"].dtype)),
-      }
-      k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-      y = _attend(q, k, v, jnp.arange(k.shape[1])[None, None] <= context.positions_BT[..., None])
+      cache = {"k": _put(cache["k"], k, context.positions_BT), "v": _put(cache["v"], v, context.positions_BT)}
+      y = _attend_cached(q, cache, context.positions_BT)
     elif context.segments_BT is not None:
       y = _attend_within(context.segments_BT, q, k, v)
     else:
