@@ -45,17 +45,20 @@ def make_data(run: Run, store: StageStore) -> None:
   }
   shares = config.shares_by_part
   with run.progress.bar("data", total=len(config.sources) + 1, unit="step") as bar:
-    found = {}
-    for name in sorted(config.sources, key=lambda name: name == sampling.PARENT):  # what takes longest comes last
-      if name == sampling.PARENT:
-        own = {part: of[config.sources.index(name)] for part, of in shares.items()}
-        found[name] = _parent_text(run, {part: own[part] * sum(sets.values()) for part, sets in amounts.items()})
-      else:
-        found[name] = _documents(run, name)
-      bar.update()
-    sources = [found[name] for name in config.sources]
+    found: dict[int, data.DocumentSource] = {}
+
+    def sources() -> Iterator[tuple[int, data.DocumentSource]]:
+      for i, name in sorted(enumerate(config.sources), key=lambda named: named[1] == sampling.PARENT):
+        if name == sampling.PARENT:
+          wanted = {part: shares[part][i] * sum(sets.values()) for part, sets in amounts.items()}
+          found[i] = _parent_text(run, wanted)
+        else:
+          found[i] = _documents(run, name)
+        bar.update()
+        yield i, found[i]
+
     made = data.pack_sets(
-      sources, shares, amounts, run.tokenizer, seq_len=config.seq_len, seed=config.seed, shuffled=("train",)
+      sources(), shares, amounts, run.tokenizer, seq_len=config.seq_len, seed=config.seed, shuffled=("train",)
     )
     for name, mixed in made.items():
       store.put_arrays(f"{name}.safetensors", mixed.packed._asdict())
@@ -75,7 +78,7 @@ def make_data(run: Run, store: StageStore) -> None:
         "files": [file._asdict() for file in source.files],
         "rows": {name: mixed.rows_by_source[i] for name, mixed in made.items()},
       }
-      for i, source in enumerate(sources)
+      for i, source in sorted(found.items())
     ],
   }
   store.put_json("data.json", record | task)

@@ -161,7 +161,7 @@ def test_sets_of_a_mix_hold_the_shares_and_share_no_rows():
   sources = [source("a"), source("b")]
   amounts = {"train": {"train": 160, "gkd": 80}, "heldout": {"eval": 40}}
   shares = {"train": (3, 1), "heldout": (1, 3)}
-  made = data.pack_sets(sources, shares, amounts, tokenizer, seq_len=10, seed=0, shuffled=("train",))
+  made = data.pack_sets(enumerate(sources), shares, amounts, tokenizer, seq_len=10, seed=0, shuffled=("train",))
   texts = {name: tokenizer.decode(mixed.packed.tokens.reshape(-1)) for name, mixed in made.items()}
   for name, rows in (("train", [12, 4]), ("gkd", [6, 2]), ("eval", [1, 3])):
     assert made[name].rows_by_source == rows
@@ -171,7 +171,11 @@ def test_sets_of_a_mix_hold_the_shares_and_share_no_rows():
   assert texts["gkd"].rindex("a") < texts["gkd"].index("b")  # source by source
   assert texts["train"].rindex("a") > texts["train"].index("b")  # shuffled
   with pytest.raises(PuzzleError, match="train part of 'b': 800 tokens are asked for"):
-    data.pack_sets(sources, {"train": (1, 4)}, {"train": {"train": 1000}}, tokenizer, seq_len=10, seed=0)
+    data.pack_sets(enumerate(sources), {"train": (1, 4)}, {"train": {"train": 1000}}, tokenizer, seq_len=10, seed=0)
+  costly = iter([(1, sources[1]), (0, sources[0])])
+  with pytest.raises(PuzzleError, match="train part of 'b'"):
+    data.pack_sets(costly, {"train": (1, 4)}, {"train": {"train": 1000}}, tokenizer, seq_len=10, seed=0)
+  assert list(costly) == [(0, sources[0])]  # is not made
 
 
 def test_the_data_stage_mixes_the_parents_text_with_a_file(folder, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ on, which is read in order, is shuffled.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class MixedSet:
 
 
 def pack_sets(
-  sources: Sequence[DocumentSource],
+  sources: Iterable[tuple[int, DocumentSource]],
   shares: Mapping[str, Sequence[float]],
   amounts: Mapping[str, Mapping[str, int]],
   tokenizer: Tokenizer,
@@ -45,8 +45,9 @@ def pack_sets(
   """Packs the sets of a run.
 
   Args:
-    sources: documents.
-    shares: of each source in the sets of a part.
+    sources: numbers and documents; each is packed before the next is asked for, so that one that takes long to make can
+      come last, and is not made where another holds too little.
+    shares: of each source, by its number, in the sets of a part.
     amounts: tokens of each set by the part of the documents that it is taken from, `train` or `heldout`. Sets of one
       part share no rows.
     tokenizer: the parent's.
@@ -57,24 +58,28 @@ def pack_sets(
   Raises:
     PuzzleError: a source holds too little.
   """
+  counts = {
+    part: {name: rows_by_share(n // seq_len, shares[part]) for name, n in tokens.items()}
+    for part, tokens in amounts.items()
+  }
+  pieces: dict[str, dict[int, PackedText]] = {name: {} for tokens in amounts.values() for name in tokens}
+  for i, source in sources:
+    for part, count in counts.items():
+      if not (total := sum(rows[i] for rows in count.values())):
+        continue
+      try:
+        packed = pack(getattr(source, part), tokenizer, seq_len=seq_len, max_tokens=total * seq_len, seed=seed)
+      except PuzzleError as e:
+        raise PuzzleError(f"{part} part of {source.name!r}: {e}") from e
+      start = 0
+      for name, rows in count.items():
+        pieces[name][i] = packed.rows(slice(start, start + rows[i]))
+        start += rows[i]
   made = {}
-  for part, tokens in amounts.items():
-    counts = {name: rows_by_share(n // seq_len, shares[part]) for name, n in tokens.items()}
-    pieces: dict[str, list[PackedText]] = {name: [] for name in tokens}
-    for i, source in enumerate(sources):
-      if total := sum(count[i] for count in counts.values()):
-        text = getattr(source, part)
-        try:
-          packed = pack(text, tokenizer, seq_len=seq_len, max_tokens=total * seq_len, seed=seed)
-        except PuzzleError as e:
-          raise PuzzleError(f"{part} part of {source.name!r}: {e}") from e
-        start = 0
-        for name, count in counts.items():
-          pieces[name].append(packed.rows(slice(start, start + count[i])))
-          start += count[i]
-    for name, parts in pieces.items():
-      rows = PackedText(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-      if name in shuffled and len(sources) > 1:
-        rows = rows.rows(np.random.default_rng(seed).permutation(rows.num_rows))
-      made[name] = MixedSet(rows, counts[name])
+  for name, rows_by_source in ((name, rows) for count in counts.values() for name, rows in count.items()):
+    parts = [piece for _, piece in sorted(pieces[name].items())]
+    packed = PackedText(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    if name in shuffled and len(rows_by_source) > 1:
+      packed = packed.rows(np.random.default_rng(seed).permutation(packed.num_rows))
+    made[name] = MixedSet(packed, rows_by_source)
   return made
