@@ -64,7 +64,7 @@ def write_child(run: Run, changed: Mapping[int, str], folder: Path) -> None:
           spec, before, weights[spec.slot], config=config, channel_mean=none, truncate=False
         )
       else:
-        made[spec.slot] = weights[spec.slot] if spec == before else library[spec.id]
+        made[spec.slot] = weights[spec.slot] if spec == before else library[spec.id] if spec.tensors(config) else {}
     return made
 
   folder.mkdir()
