@@ -138,14 +138,16 @@ def test_steps_are_those_in_which_all_requests_decode():
 
 
 def test_what_holds_steps_up_belongs_to_no_block(parent, tmp_path, quiet, monkeypatch):
-  """Of the fixed part, for each step behind a short answer."""
+  """Of the fixed part, for each step behind a short answer; and the host's tokens may come in bunches."""
   monkeypatch.setattr(vllm_timing, "_SHORT", 10)
   plan, built = dataclasses.replace(PLAN, scenarios=(CHAT,)), space_of(parent, ())
   table = measure(parent, tmp_path, quiet, plan=plan, built=built)
   for log in logs(tmp_path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for line in lines:
-      line |= {"mean_s": [s + 0.25 for s in line["seconds"]]} if "mean_s" in line else {}
+      if "mean_s" in line:
+        line["mean_s"] = [s + 0.25 for s in line["seconds"]]
+        line["seconds"] = [0.01] if "none none" in str(log) else line["seconds"]
     log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
   slower = measure(parent, tmp_path, quiet, plan=plan, built=built)
   assert slower.details["stall_s"] == pytest.approx({"1": 0.25, "4": 0.25})

@@ -59,7 +59,8 @@ class VLLM:
   def settings(self, model: Path, *, max_length: int, batches: Sequence[int], dummy: bool) -> dict[str, Any]:
     """vLLM's own, for requests of up to `max_length` tokens in batches; `dummy`: random weights.
 
-    CUDA graphs are captured for these batches and powers of two, instead of vLLM's fifty sizes, to start faster.
+    CUDA graphs are captured for these batches and powers of two, instead of vLLM's fifty sizes, to start faster. The
+    scheduler and what feeds the GPU have a process each, as with several GPUs: both are Python, and would take turns.
     """
     sizes = {2**i for i in range(max(512, *batches).bit_length())} | set(batches)
     return {
@@ -73,6 +74,7 @@ class VLLM:
       "max_num_seqs": max(batches),
       "max_num_batched_tokens": self.max_batched_tokens,
       "block_size": _BLOCK,
+      "distributed_executor_backend": "mp",
       "enable_prefix_caching": True,
       "compilation_config": {"cudagraph_capture_sizes": sorted(sizes)},
     }

@@ -181,8 +181,10 @@ def measure(
   points = dict.fromkeys(models, plan.parts) | dict.fromkeys(wholes, plan.wholes)
   found = _all(models | wholes, points, plan, engine, folder, progress)
   about = _same_machine(found, folder)
-  stall_s = _stalls([passes for name, passes in found.items() if name in models], plan)
-  parts, floor, unreachable = _parts(models, found, plan, subblocks, stall_s)
+  empty = list(models)[_EMPTY]
+  fitted = {name: model for name, model in models.items() if name != empty}
+  stall_s = _stalls([found[name] for name in fitted], plan)
+  parts, floor, unreachable = _parts(fitted, empty, found, plan, subblocks, stall_s)
   if not parts:
     raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
   costs, fixed = by_difference.cost_tables(parts)
@@ -286,15 +288,15 @@ def _same_machine(found: Mapping[str, Sequence[Measured]], folder: Path) -> dict
   }
 
 
-def _mean(passes: Sequence[Measured], point: Point) -> float | None:
+def _mean(passes: Sequence[Measured], point: Point, kind: str = "seconds") -> float | None:
   """Of the faster half of all rounds; None if it was not reached each time."""
-  rounds = [m.seconds(point) for m in passes]
+  rounds = [m.seconds(point, kind) for m in passes]
   return quiet_mean([s for r in rounds for s in r or ()]) if all(rounds) else None
 
 
-def _steps_s(passes: Sequence[Measured], plan: Plan, batch: int, contexts: np.ndarray) -> float | None:
-  """Seconds of undisturbed steps, one at each context."""
-  steps = {c: _mean(passes, plan.decode(batch, c)) for c in plan.contexts}
+def _steps_s(passes: Sequence[Measured], plan: Plan, batch: int, contexts: np.ndarray, kind: str) -> float | None:
+  """Seconds of steps, one at each context."""
+  steps = {c: _mean(passes, plan.decode(batch, c), kind) for c in plan.contexts}
   known = {c + plan.lead: s for c, s in steps.items() if s is not None}
   if not known or (len(known) < len(steps) and max(known) < contexts[-1] + 1):
     return None
@@ -302,22 +304,23 @@ def _steps_s(passes: Sequence[Measured], plan: Plan, batch: int, contexts: np.nd
 
 
 def _totals(
-  passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario, stall_s: Mapping[int, float]
+  passes: Sequence[Measured], plan: Plan, batch: int, scenario: Scenario, stall_s: Mapping[int, float] | None = None
 ) -> Seconds | None:
-  """A short answer, and a step for each further token."""
+  """A short answer, and for each further token an undisturbed step and `stall_s`; without the latter, a mean step."""
   short = plan.short(batch, scenario.input_tokens)
   prefill, begun = _mean(passes, plan.prefill(batch, scenario.input_tokens)), _mean(passes, short)
   if prefill is None or begun is None:
     return None
   further = np.arange(scenario.input_tokens + short["output"], scenario.tokens, dtype=float)
-  steps = _steps_s(passes, plan, batch, further) if len(further) else 0.0
+  kind, stall = ("mean_s", 0.0) if stall_s is None else ("seconds", stall_s[batch])
+  steps = _steps_s(passes, plan, batch, further, kind) if len(further) else 0.0
   if steps is None:
     return None
-  return {"prefill_s": prefill, "decode_s": max(begun - prefill, 0.0) + steps + len(further) * stall_s[batch]}
+  return {"prefill_s": prefill, "decode_s": max(begun - prefill, 0.0) + steps + len(further) * stall}
 
 
 def _stalls(models: Collection[Sequence[Measured]], plan: Plan) -> dict[int, float]:
-  """By batch, how much longer than undisturbed a step takes in the mean of all models and contexts; seconds."""
+  """By batch, how much longer than undisturbed a step takes in the mean of models and contexts; seconds."""
   found = {}
   for batch in plan.batches:
     lines = [(m, plan.decode(batch, context)) for passes in models for m in passes for context in plan.contexts]
@@ -329,7 +332,8 @@ def _stalls(models: Collection[Sequence[Measured]], plan: Plan) -> dict[int, flo
 
 
 def _parts(
-  models: Mapping[str, Architecture],
+  fitted: Mapping[str, Architecture],
+  empty: str,
   found: Mapping[str, Sequence[Measured]],
   plan: Plan,
   subblocks: Sequence[Subblock],
@@ -338,18 +342,19 @@ def _parts(
   """By scenario and batch the differences, and what the all but empty model takes; and what could not be reached."""
   parts: dict[str, dict[str, Differences]] = {}
   floor: dict[str, dict[str, Seconds]] = {}
-  unreachable, empty = [], list(models)[_EMPTY]
-  fitted = {name: model for name, model in models.items() if name != empty}
+  unreachable = []
   for scenario in plan.scenarios:
     for batch in plan.batches:
-      seconds = {name: _totals(found[name], plan, batch, scenario, stall_s) for name in models}
+      # The host's tokens come in bunches, of which no step is undisturbed.
+      seconds = {name: _totals(found[name], plan, batch, scenario, stall_s) for name in fitted}
+      seconds[empty] = _totals(found[empty], plan, batch, scenario)
       if missing := [name for name, s in seconds.items() if s is None]:
         why = next(line["unreachable"] for m in found[missing[0]] for line in m.unreachable())
         unreachable.append({"scenario": scenario.name, "batch": batch, "models": missing, "why": why})
         continue
       reached = {name: s for name, s in seconds.items() if s is not None}
+      floor.setdefault(scenario.name, {})[str(batch)] = reached.pop(empty)
       parts.setdefault(scenario.name, {})[str(batch)] = by_difference.differences(fitted, reached, subblocks)
-      floor.setdefault(scenario.name, {})[str(batch)] = reached[empty]
   return parts, floor, unreachable
 
 
