@@ -139,8 +139,6 @@ def _in_torch(parent: Architecture, built: space.Space, scenarios: list[Scenario
     progress=Progress(),
     children=random_children(parent, built, _CHILDREN.value, "torch"),
   )
-  for point in table.details["unreachable"]:
-    print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
   for child in table.details["children"]:
     print(f"{child['scenario']}, batch {child['batch']}, {child['model']}: throughput predicted {child['error']:+.1%}")
   return table
@@ -233,8 +231,6 @@ def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario]
       progress=Progress(),
       children=random_children(parent, built, _CHILDREN.value, "vllm") if _CHILDREN.value else None,
     )
-  for point in table.details["unreachable"]:
-    print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
   for scenario, by_batch in table.details["limits"].items():
     for batch, found in by_batch.items():
       if "host" in found["limit"].values():
@@ -251,7 +247,9 @@ def _in_vllm(parent: Architecture, built: space.Space, scenarios: list[Scenario]
 
 def main(argv: list[str]) -> None:
   del argv
-  config = launch.run_config(_CONFIG)
+  config, out = launch.run_config(_CONFIG), Path(_OUT.value)
+  if out.is_dir() or not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
+    raise PuzzleError(f"--out={out} cannot be written; name a file in a folder of yours")
   named = dataclasses.asdict(config.space) | {"engine": _NAMES[_ENGINE.value]}
   scenarios = list({s.name: s for s in map(parse_scenario, _SCENARIOS.value)}.values()) or [config.costs.scenario]
   if _ENGINE.value == "vllm":
@@ -268,12 +266,15 @@ def main(argv: list[str]) -> None:
       table = _in_trtllm(parent, built, scenarios, config)
     else:
       table = _in_llamacpp(parent, built, scenarios)
+  for point in table.details["unreachable"]:
+    print(f"{point['scenario']}, batch {point['batch']}: not reached: {point['why']}")
   said = [
     argument for argument in sys.argv[1:] if not argument.startswith("--engine_p")
   ]  # where vLLM lies is no matter
   described = {"command": shlex.join(["python", "-m", "experiments.profile", *said])}
   described["date"] = datetime.date.today().isoformat()
-  write_json(Path(_OUT.value), dataclasses.replace(table, details=described | table.details).to_json())
+  out.parent.mkdir(parents=True, exist_ok=True)
+  write_json(out, dataclasses.replace(table, details=described | table.details).to_json())
 
 
 if __name__ == "__main__":

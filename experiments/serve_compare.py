@@ -3,9 +3,10 @@
     python -m experiments.serve_compare --engine=vllm --child=runs/mine --scenarios=128/1024,2048/128 --batches=1,64 \\
       --out=served/mine
 
-Both are exported to OUT/exports first, the parent being the run's unless --parent names another. Exports that are there
-already are taken as they are: they can be made where JAX is and carried to where the engine is. What was measured is
-kept in OUT, and the same command goes on. Children of one parent can share what was measured of it (--parent_out).
+Both are exported to OUT/exports first, the parent being the run's unless --parent names another. Without --child,
+exports that are there are taken as they are: they can be made where JAX is and carried to where the engine is. What was
+measured in vLLM is kept in OUT, and the same command goes on. Children of one parent can share what was measured of it
+(--parent_out).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from puzzle_jax import weights
 from puzzle_jax.costs import Scenario
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.parents import open_parent
@@ -47,19 +49,33 @@ _TENSOR_PARALLEL = flags.DEFINE_integer("tensor_parallel", 1, "GPUs that each mo
 def exports(roots: dict[str, Path]) -> dict[str, Path]:
   """Parent and child as the engine reads them; made where they are missing."""
   paths = {name: root / "exports" / name for name, root in roots.items()}
-  if all(path.is_dir() for path in paths.values()):
-    return paths
   if not _CHILD.value:
-    missing = next(path for path in paths.values() if not path.is_dir())
-    raise PuzzleError(f"there is no {missing} yet; name the child with --child")
-  workdir = find_child(_CHILD.value).workdir
+    if missing := [path for path in paths.values() if not path.is_dir()]:
+      raise PuzzleError(f"there is no {missing[0]} yet; name the child with --child")
+    return paths
+  found = find_child(_CHILD.value)
+  workdir = found.workdir
   if not (parent := _PARENT.value or (read_json(workdir / "config.json")["parent"] if workdir else "")):
     raise PuzzleError(f"{_CHILD.value} is of no run: name its parent with --parent")
-  if not paths["child"].is_dir():
+  made_of = {"weights": weights.fingerprint(sorted(f for f in found.folder.iterdir() if f.is_file()))}
+  opened = open_parent(parent)
+  if _is_missing(paths["child"], made_of | {"dtype": _DTYPE.value, "engine": _ENGINE.value}):
     export(_CHILD.value, paths["child"], dtype=_DTYPE.value, engine=_ENGINE.value)
-  if not paths["parent"].is_dir():
-    served.export_parent(open_parent(parent), paths["parent"], dtype="bfloat16", engine=_ENGINE.value)
+  if _is_missing(paths["parent"], {"weights": opened.digest, "engine": _ENGINE.value}):
+    served.export_parent(opened, paths["parent"], dtype="bfloat16", engine=_ENGINE.value)
   return paths
+
+
+def _is_missing(path: Path, made_of: dict[str, str]) -> bool:
+  """Whether an export has to be made; beside it is noted of what. One of something else is refused."""
+  note = path.with_suffix(".json")
+  if not path.is_dir():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, made_of)
+    return True
+  if note.is_file() and read_json(note) != made_of:
+    raise PuzzleError(f"{path} is of another model, --dtype or --engine than asked for: name another --out")
+  return False
 
 
 def _numbers(text: str, flag: str) -> list[int]:

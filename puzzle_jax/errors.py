@@ -1,5 +1,13 @@
 """The one exception a user sees for bad input: names the value and the remedy."""
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED", "Failed to create llama_context")
+
 
 class PuzzleError(ValueError):
   """Bad input, found before work starts. The message names the value and what to do about it."""
+
+
+def why_no_memory(error: Exception) -> str:
+  """The line in which an engine says that memory is short; empty: the error is another one."""
+  short = (line for line in str(error).splitlines() if any(sign in line for sign in _NO_MEMORY))
+  return next(short, "").strip()[:300]

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import jax
 import pytest
 
 from puzzle_jax import costs, space
@@ -210,6 +211,23 @@ def test_differences_recover_what_each_subblock_costs(monkeypatch, parent, built
   assert {("gqa2/w48", 5, "decode"), ("gqa2/w48", 2, "prefill"), ("gqa2/none", 5, "prefill")} <= timed
   assert max(abs(p["residual"]) for p in points if "residual" in p) < 1e-9
   assert found == CostTable.from_json(json.loads(json.dumps(found.to_json())))
+
+
+def test_what_does_not_fit_is_said(monkeypatch, parent, built, quiet):
+  real = jax_timing._Program
+
+  def program(*args, batch, **options):
+    if batch == 4:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return real(*args, batch=batch, **options)
+
+  monkeypatch.setattr(jax_timing, "_Program", program)
+  options = {"scenarios": [CHAT], "config": TimingConfig(layers=2, rounds=1, decode_steps=1), "progress": quiet}
+  table = jax_timing.measure(parent, built, batches=[2, 4], **options)
+  assert list(table.fixed["chat"]) == ["2"]
+  assert [p["batch"] for p in table.details["unreachable"]] == [4]
+  with pytest.raises(PuzzleError, match="JAX reached none of the scenarios at any batch: RESOURCE_EXHAUSTED"):
+    jax_timing.measure(parent, built, batches=[4], **options)
 
 
 def test_a_real_timing(model, quiet):

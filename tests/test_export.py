@@ -36,7 +36,10 @@ def workdir(tmp_path):
       for file in (tmp_path / "source").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     store.finish({})
-  StageStore(root / "evaluation").put_json("evaluation.json", EVALUATION)
+  evaluated = StageStore(root / "evaluation")
+  evaluated.begin({"inputs": {stage: StageStore(root / stage).content() for stage in ("child", "gkd")}})
+  evaluated.put_json("evaluation.json", EVALUATION)
+  evaluated.finish({})
   write_json(root / "config.json", RunConfig(parent=str(tmp_path / "source")).to_dict())
   return root
 
@@ -78,6 +81,10 @@ def test_the_runs_figures_are_on_the_card(workdir, tmp_path):
   card = (tmp_path / "before" / "README.md").read_text()
   assert "| perplexity | 20.00 | 31.00 |" in card
   assert "decode (" not in card
+  trained = StageStore(workdir / "gkd")
+  trained.put_json("history.json", {"steps": ["other ones"]})
+  export(workdir, tmp_path / "after")
+  assert "Measured" not in (tmp_path / "after" / "README.md").read_text()  # these figures are of the child before
 
 
 def test_an_export_is_a_child_again(workdir, tmp_path):
@@ -110,6 +117,9 @@ def test_a_gguf_parents_tokenizer_is_taken_from_it(workdir, tmp_path):
   write_json(workdir / "config.json", config | {"parent": str(tmp_path / "parent.gguf")})
   export(workdir, tmp_path / "2.gguf", format="gguf")
   assert [adds_bos(tmp_path / f"{i}.gguf") for i in range(3)] == [False, True, True]
+  random_child(tmp_path / "small", byte_tokenizer(), LLAMACPP, **SHAPE | {"vocab_size": 300})
+  with pytest.raises(PuzzleError, match="tokenizer has 264 tokens, the child's embedding 300: name its parent"):
+    export(tmp_path / "small", tmp_path / "3.gguf", format="gguf", parent=str(tmp_path / "parent.gguf"))
   with pytest.raises(PuzzleError, match="format 'onnx' is unknown; known: hf, gguf"):
     export(workdir, tmp_path / "x", format="onnx")
 

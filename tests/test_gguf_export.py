@@ -127,7 +127,7 @@ def test_untouched_weights_and_the_tokenizer_of_a_gguf_parent_keep_their_bits(tm
     found, wanted = (b"".join(part.tobytes() for part in r.fields[key].parts) for r in (ours, theirs))
     assert found == wanted, key
   derived = {e.key: e for e in gguf_tokenizer.derived(tmp_path / "child", two.config.vocab_size)}
-  copied = {e.key: e for e in gguf_tokenizer.copied(file)}
+  copied = {e.key: e for e in gguf_tokenizer.copied(file, two.config.vocab_size)}
   assert derived.keys() == copied.keys() - {"tokenizer.ggml.add_space_prefix"} | {"tokenizer.ggml.add_eos_token"}
   assert all(derived[key] == copied[key] for key in derived.keys() & copied.keys())
 

@@ -34,6 +34,8 @@ class Llama:
   """llama.cpp whose seconds are the sum of the blocks that a file says it has."""
 
   def __init__(self, file: str, *, n_ctx: int, **settings: Any):
+    if n_ctx > 1000:
+      raise ValueError("Failed to create llama_context")
     self.blocks = open_parent(file).architecture.blocks
     self.n_ctx, self.settings, self.context = n_ctx, settings, 0
 
@@ -89,6 +91,19 @@ def test_differences_recover_what_each_subblock_costs(parent, quiet):
   assert (table.kv_width, table.backend) == (2, "llamacpp")
   assert 5 / 8 < table.bytes_per_value < 1  # Q4_1 and a Q8_0 head
   assert CostTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+@pytest.mark.usefixtures("engine")
+def test_what_does_not_fit_is_said(parent, quiet):
+  built = space.build(parent.architecture, attention=["gqa1"], ffn=["w256"], ffn_multiple=8, engine="llama_cpp")
+  options = {"config": CONFIG, "hardware": "none", "progress": quiet}
+  long = Scenario("long", 1000, 1)
+  table = llamacpp_timing.measure(parent, built, scenarios=[long, CHAT], **options)
+  assert table.scenarios == (CHAT,)
+  (point,) = table.details["unreachable"]
+  assert point == {"scenario": "long", "batch": 1, "why": "Failed to create llama_context"}
+  with pytest.raises(PuzzleError, match=r"llama.cpp reached none of the scenarios: Failed to create llama_context"):
+    llamacpp_timing.measure(parent, built, scenarios=[long], **options)
 
 
 @pytest.mark.usefixtures("engine")

@@ -72,13 +72,50 @@ def test_the_command_takes_exports_that_are_there(models, tmp_path):
     record["child"]["figures"]["20/30"]["2"]["throughput"] > record["parent"]["figures"]["20/30"]["2"]["throughput"]
   )
   shutil.copytree(tmp_path / "out/exports/child", tmp_path / "other/exports/child")
-  measured = {path: path.read_text() for path in (tmp_path / "out/measured/parent").glob("*.jsonl")}
+  measured = {path: path.read_text() for path in (tmp_path / "out/measured/parent").rglob("*.jsonl")}
   shared = (f"--out={tmp_path / 'other'}", f"--parent_out={tmp_path / 'out'}", "--scenarios=20/30", "--batches=2")
   other = said(*shared, f"--engine_path={FAKE}")  # the later of two flags counts
   assert other.returncode == 0, other.stderr
   assert json.loads((tmp_path / "other/served.json").read_text()) == record
   assert measured
   assert {path: path.read_text() for path in measured} == measured  # not loaded again
+
+
+def test_more_scenarios_of_the_same_prompts(models, tmp_path, quiet):
+  options = {"batches": (2,), "rounds": 1, "engine": ENGINE, "progress": quiet}
+  folders = dict.fromkeys(models, tmp_path / "measured")
+  for outputs in ((30,), (20, 30), (10, 20)):
+    scenarios = [Scenario(f"20/{n}", 20, n) for n in outputs]
+    found = served.serve(models, scenarios=scenarios, folders=folders, **options)
+    assert list(found["child"].figures) == [s.name for s in scenarios]
+
+
+def test_other_weights_and_other_machines_are_not_taken_up(models, tmp_path, quiet):
+  options = {"scenarios": [CHAT], "batches": (2,), "rounds": 1, "engine": ENGINE, "progress": quiet}
+  folders = dict.fromkeys(models, tmp_path / "measured")
+  found = served.serve(models, folders=folders, **options)
+  again = served.serve({"parent": models["parent"], "child": models["parent"]}, folders=folders, **options)
+  assert again["child"] == found["parent"]
+  for log in (tmp_path / "measured/parent").rglob("*.jsonl"):
+    log.write_text(log.read_text().replace("Fake GPU", "Other GPU"))
+  with pytest.raises(PuzzleError, match="child was measured with hardware 1 x Fake GPU, another model with 1 x Other"):
+    served.serve(models, folders=folders, **options)
+
+
+def test_an_export_of_another_child_is_refused(tmp_path):
+  for name, blocks in BLOCKS.items() | {("second", ("gqa4/w256",) * 3)}:
+    random_child(tmp_path / name, byte_tokenizer(), blocks, **SHAPE)
+  command = [sys.executable, "-m", "experiments.serve_compare", "--engine=vllm", f"--out={tmp_path / 'out'}"]
+  command += [f"--parent={tmp_path / 'parent'}", "--export_only"]
+
+  def said(name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+      [*command, f"--child={tmp_path / name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+  assert [said("child").returncode for _ in range(2)] == [0, 0]
+  refused = said("second")
+  assert refused.stderr.strip().endswith("is of another model, --dtype or --engine than asked for: name another --out")
 
 
 def test_a_parent_of_any_format_is_exported(tmp_path):

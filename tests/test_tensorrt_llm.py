@@ -101,6 +101,9 @@ def test_costs_by_difference(tmp_path, quiet, monkeypatch):
 import json, pathlib, sys
 with open({str(tmp_path / "calls")!r}, "a") as calls:
   print(*sys.argv[1:], file=calls)
+if sys.argv[sys.argv.index("--concurrency") + 1] == "64":
+  print("torch: CUDA out of memory.")
+  sys.exit("aborted")
 model = pathlib.Path(sys.argv[sys.argv.index("--model_path") + 1])
 assert (model / "model.safetensors").is_file() and (model / "tokenizer.json").is_file()
 blocks = json.loads((model / "config.json").read_text())["block_configs"]
@@ -118,6 +121,13 @@ print({REPORT!r}.replace("425.9885", str(10 * ms)).replace("3.2344", str(ms)))
   calls = (tmp_path / "calls").read_text()
   assert tensorrt_llm_timing.measure(parent, built, progress=quiet, **options) == table
   assert (tmp_path / "calls").read_text() == calls  # nothing is measured twice
+  larger = tensorrt_llm_timing.measure(parent, built, progress=quiet, **options | {"batches": [2, 64]})
+  assert (larger.subblocks, [p["why"] for p in larger.details["unreachable"]]) == (
+    table.subblocks,
+    ["torch: CUDA out of memory."],
+  )
+  tensorrt_llm_timing.measure(parent, built, progress=quiet, **options | {"hardware": "elsewhere"})
+  assert (tmp_path / "calls").read_text().count("--concurrency 2") == 2 * calls.count("--concurrency 2")
 
 
 def test_the_machine(tmp_path, monkeypatch):

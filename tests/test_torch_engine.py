@@ -164,20 +164,30 @@ def by_name(built: space.Space) -> set:
   return {s for layer in built.layers for s in (*layer.attention, *layer.ffn)}
 
 
-def test_what_does_not_fit_is_said(parent, quiet, monkeypatch):
+@pytest.mark.parametrize(
+  "error, why",
+  [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "CUDA out of memory"),
+    (
+      RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+      "DefaultCPUAllocator: can't allocate memory: you",
+    ),
+  ],
+)
+def test_what_does_not_fit_is_said(parent, quiet, monkeypatch, error, why):
   built = space.build(parent, attention=["none"], ffn=["none"], ffn_multiple=8)
   real = torch_timing.Cache
 
   def full(*args, batch, **kwargs):
     if batch == 3:
-      raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+      raise error
     return real(*args, batch=batch, **kwargs)
 
   monkeypatch.setattr(torch_timing, "Cache", full)
   table = torch_timing.measure(parent, built, **options(quiet))
-  assert table.details["unreachable"] == [{"scenario": "6/10", "batch": 3, "why": "CUDA out of memory"}]
+  assert table.details["unreachable"] == [{"scenario": "6/10", "batch": 3, "why": why}]
   assert list(table.fixed["6/10"]) == ["1"]
-  with pytest.raises(PuzzleError, match="PyTorch reached none of the scenarios at any batch: CUDA out of memory"):
+  with pytest.raises(PuzzleError, match=f"PyTorch reached none of the scenarios at any batch: {why}"):
     torch_timing.measure(parent, built, **(options(quiet) | {"batches": (3,)}))
 
 
@@ -202,6 +212,12 @@ def test_the_command_writes_a_table(tmp_path, engine):
   assert ended.returncode == 0, ended.stderr
   table = CostTable.from_json(json.loads((tmp_path / "costs.json").read_text()))
   assert (table.backend, list(table.fixed["6/4"])) == (engine, ["2"])
+  if engine == "torch":
+    (tmp_path / "folder").mkdir()
+    refused = subprocess.run(
+      [*command, f"--out={tmp_path / 'folder'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.stderr.strip().endswith("folder cannot be written; name a file in a folder of yours")
 
 
 def test_random_weights_are_shared(parent):

@@ -137,6 +137,38 @@ def test_steps_are_those_in_which_all_requests_decode():
   assert why == "9 steps read the prompts, which leaves too few for all to decode"
 
 
+def test_attention_and_ffn_are_told_apart_where_only_one_may_be_missing(parent, tmp_path, quiet):
+  built = space.build(parent, attention=["gqa1"], ffn=["w256", "none"], ffn_multiple=8, engine="vllm")
+  table = measure(parent, tmp_path, quiet, plan=Plan((CHAT,), (1,), CONFIG), built=built)
+  for name, costs in table.subblocks.items():
+    assert costs["20/30"]["1"] == pytest.approx(expected(name.partition(".")[2], CHAT, 1)), name
+
+
+def test_a_measurement_is_not_gone_on_with_on_another_machine(parent, tmp_path, quiet):
+  plan, built = Plan((CHAT,), (1,), CONFIG), space_of(parent, ())
+  measure(parent, tmp_path, quiet, plan=plan, built=built)
+  begun = logs(tmp_path)[0]
+  engine, first, *_ = begun.read_text().replace("Fake GPU", "Other GPU").splitlines()
+  begun.write_text(f"{engine}\n{first}\n")
+  message = rf"{begun.name} was begun with hardware 1 x Other GPU, here it is 1 x Fake GPU: name another folder"
+  with pytest.raises(PuzzleError, match=message):
+    measure(parent, tmp_path, quiet, plan=plan, built=built)
+
+
+def test_scenarios_of_one_token(parent, tmp_path, quiet):
+  table = measure(parent, tmp_path, quiet, plan=Plan((Scenario("20/1", 20, 1),), (1,), CONFIG), built=space_of(parent))
+  assert table.subblocks["attention.gqa4"]["20/1"]["1"] == pytest.approx(
+    {"prefill_s": expected("gqa4", CHAT, 1)["prefill_s"], "decode_s": 0.0}
+  )
+
+
+def test_an_interpreter_that_is_none(parent, tmp_path, quiet):
+  with pytest.raises(
+    PuzzleError, match=r"/none/python cannot be started .No such file.*; name the Python that has vLLM"
+  ):
+    measure(parent, tmp_path, quiet, engine=VLLM(python="/none/python"))
+
+
 def test_what_holds_steps_up_belongs_to_no_block(parent, tmp_path, quiet, monkeypatch):
   """Of the fixed part, for each step behind a short answer; and the host's tokens may come in bunches."""
   monkeypatch.setattr(vllm_timing, "_SHORT", 10)

@@ -23,6 +23,7 @@ _ENGINES = {
   "llamacpp": "llama_cpp",
   "vllm": "vllm",
   "torch": "torch",
+  "tensorrt_llm": "tensorrt_llm",
 }
 _PACKAGES = {"jax": "jax", "llamacpp": "llama-cpp-python"} | {name: name for name in ("vllm", "torch", "tensorrt_llm")}
 

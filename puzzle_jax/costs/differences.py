@@ -42,5 +42,6 @@ def fit(models: Sequence[Sequence[BlockSpec]], seconds: Sequence[float]) -> Fit:
   parts = sorted({s for c in counts for s in c if not isinstance(s, (NoAttention, NoFFN))}, key=lambda s: s.id)
   matrix = np.array([[1, *(c.count(s) for s in parts)] for c in counts], float)
   found, _ = scipy.optimize.nnls(matrix, np.array(seconds))
-  residuals = (matrix @ found / np.array(seconds) - 1).tolist()
+  measured = np.array(seconds)
+  residuals = np.divide(matrix @ found - measured, measured, out=np.zeros(len(measured)), where=measured != 0).tolist()
   return Fit(float(found[0]), dict(zip(parts, found[1:].tolist(), strict=True)), tuple(residuals))

@@ -29,7 +29,7 @@ from puzzle_jax import mesh as mesh_lib
 from puzzle_jax.arch import Architecture, BlockSpec, NoAttention, NoFFN, Subblock
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.costs.differences import fit, quiet_mean
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.model.language_model import cache_length, decode_step, empty_cache, prompt_length
 from puzzle_jax.progress import Progress
 from puzzle_jax.space import Space
@@ -144,7 +144,11 @@ def measure(
   config: TimingConfig,
   progress: Progress,
 ) -> CostTable:
-  """Times every subblock of a space in fp32 with random weights of the parent's shapes."""
+  """Times every subblock of a space in fp32 with random weights of the parent's shapes.
+
+  Raises:
+    PuzzleError: no scenario fits the memory at any batch; those that do not are in `details`.
+  """
   base = collections.Counter(parent.blocks).most_common(1)[0][0]
   subblocks = {s for layer in space.layers for s in (*layer.attention, *layer.ffn)}
   without_attention = BlockSpec(NoAttention(), base.ffn)
@@ -154,24 +158,29 @@ def measure(
   weights = _Weights(parent, seed=0)
   costs: dict[str, dict[str, dict[str, dict[str, float]]]] = {s.id: {} for s in subblocks}
   fixed: dict[str, dict[str, dict[str, float]]] = {}
-  details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": []}
+  details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": [], "unreachable": []}
   total = len(scenarios) * len(batches) * (2 * len(models) + 2) * (config.rounds + 1)
   with progress.bar("costs", total=total, unit="timing") as bar:
     for scenario in scenarios:
-      fixed[scenario.name] = {}
       for batch in batches:
         programs: dict[Any, tuple[_Program, int]] = {}
-        for spec, depth in models:
-          programs |= _programs_of(
-            (spec, depth),
-            dataclasses.replace(parent, blocks=(spec,) * depth),
-            weights.params(spec, depth),
-            scenario=scenario,
-            batch=batch,
-            steps=config.decode_steps,
-            context_too=depth == config.layers and spec in (base, without_attention),
-          )
-        timed = _time(programs, config.rounds, bar.update)
+        try:
+          for spec, depth in models:
+            programs |= _programs_of(
+              (spec, depth),
+              dataclasses.replace(parent, blocks=(spec,) * depth),
+              weights.params(spec, depth),
+              scenario=scenario,
+              batch=batch,
+              steps=config.decode_steps,
+              context_too=depth == config.layers and spec in (base, without_attention),
+            )
+          timed = _time(programs, config.rounds, bar.update)
+        except jax.errors.JaxRuntimeError as e:
+          if not (why := why_no_memory(e)):
+            raise
+          details["unreachable"].append({"scenario": scenario.name, "batch": batch, "why": why})
+          continue
         own, key = cache_length(scenario.tokens), str(batch)
         fits = {}
         for phase, times in (("prefill_s", 1), ("decode_s", scenario.output_tokens)):
@@ -179,14 +188,17 @@ def measure(
           fits[phase] = fit([(spec,) * depth for spec, depth in models], seconds)
         for s in subblocks:
           costs[s.id].setdefault(scenario.name, {})[key] = {phase: fit.of(s) for phase, fit in fits.items()}
-        fixed[scenario.name][key] = {phase: fit.fixed for phase, fit in fits.items()}
+        fixed.setdefault(scenario.name, {})[key] = {phase: fit.fixed for phase, fit in fits.items()}
         for ((spec, depth), phase, slots), found in timed.items():
           point = {"scenario": scenario.name, "batch": batch, "block": spec.name, "layers": depth, "phase": phase}
           point |= {"cache_slots": slots, "seconds": found.seconds, "spread": found.spread}
           if slots == own:
             point["residual"] = fits[f"{phase}_s"].residuals[models.index((spec, depth))]
           details["points"].append(point)
-  return CostTable("jax", hardware(), versions(), 4, tuple(scenarios), costs, fixed, details)
+  if not fixed:
+    raise PuzzleError(f"JAX reached none of the scenarios at any batch: {details['unreachable'][0]['why']}")
+  reached = tuple(s for s in scenarios if s.name in fixed)
+  return CostTable("jax", hardware(), versions(), 4, reached, costs, fixed, details)
 
 
 class _Weights:

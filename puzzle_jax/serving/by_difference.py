@@ -29,6 +29,11 @@ PHASES = ("prefill_s", "decode_s")
 HOST_SHARE = 0.7  # a model that takes less than 1 / 0.7 of what an all but empty one takes waits for the host
 
 
+def share(least: float, whole: float) -> float:
+  """How much of `whole` seconds are `least`; all, where there are none."""
+  return least / whole if whole else 1.0
+
+
 def subblocks_of(space: Space) -> list[Subblock]:
   """All of a space, by name."""
   return sorted({s for layer in space.layers for s in (*layer.attention, *layer.ffn)}, key=lambda s: s.id)
@@ -45,7 +50,9 @@ def timed_models(
   base = max(set(parent.blocks), key=lambda b: (parent.blocks.count(b), b.name))
   shallow = layers - layers // 3 if beside_base else layers // 2
   found = {f"{base.name} x {depth}": dataclasses.replace(parent, blocks=(base,) * depth) for depth in (layers, shallow)}
-  ordered = sorted(subblocks, key=lambda s: s.id)
+  # Where a child may lack its FFN, what an attention takes alone must be known, not its sum with an FFN's.
+  alone = [NoAttention()] if any(isinstance(s, NoFFN) for s in subblocks) else []
+  ordered = sorted({*subblocks, *alone}, key=lambda s: s.id)
   specs = [dataclasses.replace(base, **{s.slot: s}) for s in ordered if not isinstance(s, NoFFN)]
   nothing = BlockSpec(NoAttention(), NoFFN())
   for spec in (nothing, *(spec for spec in specs if spec != base)):

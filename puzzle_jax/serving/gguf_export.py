@@ -65,7 +65,8 @@ def export_gguf(
   exported = padded_architecture(model.architecture, ffn_multiple=reader.ffn_multiple, untie=not reader.tied_embeddings)
   engines.check_export(engine or "llama_cpp", exported, format="gguf", dtype=dtype)
   model.validate()
-  tokenizer = gguf_tokenizer.copied(parent) if parent else gguf_tokenizer.derived(child, exported.config.vocab_size)
+  vocab_size = exported.config.vocab_size
+  tokenizer = gguf_tokenizer.copied(parent, vocab_size) if parent else gguf_tokenizer.derived(child, vocab_size)
   types = {name: _type(name, shape, exported, dtype) for name, shape in _shapes(exported)}
   with store.replacing(out) as aside:
     writer = gguf.GGUFWriter(aside, "deci")

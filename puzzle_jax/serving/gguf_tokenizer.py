@@ -35,8 +35,12 @@ class Entry(NamedTuple):
     return cls(key, value, GGUFValueType.UINT32 if unsigned else GGUFValueType.get_type(value))
 
 
-def copied(parent: GGUFFile) -> list[Entry]:
-  """Everything that a GGUF file says of its tokenizer, as it says it."""
+def copied(parent: GGUFFile, vocab_size: int) -> list[Entry]:
+  """Everything that a GGUF file says of its tokenizer, as it says it; raises PuzzleError for one of another size."""
+  if (tokens := len(parent.fields["tokenizer.ggml.tokens"].contents())) != vocab_size:
+    raise PuzzleError(
+      f"the parent's tokenizer has {tokens} tokens, the child's embedding {vocab_size}: name its parent"
+    )
   return [
     Entry(key, field.contents(), *field.types[:2])
     for key, field in parent.fields.items()

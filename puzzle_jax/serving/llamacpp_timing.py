@@ -14,14 +14,14 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import CostTable, Scenario
 from puzzle_jax.costs.differences import quiet_mean
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import by_difference
@@ -84,13 +84,14 @@ def measure(
     children: whole models to time beside; predicted and measured seconds go to `details`.
 
   Raises:
-    PuzzleError: llama-cpp-python is missing, or a block that llama.cpp does not run.
+    PuzzleError: llama-cpp-python is missing, a block that llama.cpp does not run, or no scenario fits the memory.
   """
   version = _version()
   subblocks = subblocks_of(space)
   models = timed_models(parent.architecture, subblocks, layers=config.layers, engine="llama_cpp")
   whole = models | dict(children or {})
-  seconds: dict[str, dict[str, list[dict[str, float]]]] = {s.name: {name: [] for name in whole} for s in scenarios}
+  seconds: dict[str, dict[str, list[dict[str, float]]]] = {}
+  unreachable = []
   with temporary_folder() as scratch, progress.bar("files", total=len(whole), unit="model") as bar:
     files = {}
     for i, (name, architecture) in enumerate(whole.items()):
@@ -100,13 +101,15 @@ def measure(
     sizes = {name: file.stat().st_size for name, file in files.items()}
     with progress.bar("costs", total=len(scenarios) * len(whole) * (config.rounds + 1), unit="timing") as bar:
       for scenario in scenarios:
-        opened = {name: _Model(file, scenario, config) for name, file in files.items()}
-        for i in range(config.rounds + 1):
-          for name, model in opened.items():
-            found = model()
-            if i:  # the first round warms up
-              seconds[scenario.name][name].append(found)
-            bar.update()
+        try:
+          seconds[scenario.name] = _rounds(files, scenario, config, bar.update)
+        except (ValueError, RuntimeError) as e:
+          if not (why := why_no_memory(e)):
+            raise
+          unreachable.append({"scenario": scenario.name, "batch": 1, "why": why})
+  if not seconds:
+    raise PuzzleError(f"llama.cpp reached none of the scenarios: {unreachable[0]['why']}; take smaller ones")
+  scenarios = [s for s in scenarios if s.name in seconds]
   parts: dict[str, dict[str, Differences]] = {}
   points: list[dict[str, Any]] = []
   for scenario in scenarios:
@@ -118,7 +121,7 @@ def measure(
       _point(name, rounds[name], scenario) | {"residual": split.residuals[name]["decode_s"]} for name in models
     ]
   costs, fixed = cost_tables(parts)
-  details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": points}
+  details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": points, "unreachable": unreachable}
   base = next(iter(models))
   table = CostTable(
     backend="llamacpp",
@@ -177,6 +180,21 @@ class _Model:
       self._model.eval([1])
     times.append(time.perf_counter())
     return {phase: end - begin for phase, begin, end in zip(PHASES, times, times[1:], strict=False)}
+
+
+def _rounds(
+  files: Mapping[str, Path], scenario: Scenario, config: TimingConfig, tick: Callable[[], Any]
+) -> dict[str, list[dict[str, float]]]:
+  """Seconds of each round by model, in turn; the first round, which warms up, is left out."""
+  opened = {name: _Model(file, scenario, config) for name, file in files.items()}
+  found: dict[str, list[dict[str, float]]] = {name: [] for name in files}
+  for i in range(config.rounds + 1):
+    for name, model in opened.items():
+      seconds = model()
+      if i:
+        found[name].append(seconds)
+      tick()
+  return found
 
 
 def _totals(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from puzzle_jax.store import StageStore, read_json
 
 
 def measured(workdir: Path, *, before_gkd: bool = False, times: bool = True) -> str:
-  """What a run has measured of its child, as Markdown; empty where it has not been evaluated.
+  """What a run has measured of its child, as Markdown; empty where that, as it is now, has not been evaluated.
 
   Args:
     workdir: the run's.
@@ -21,7 +21,8 @@ def measured(workdir: Path, *, before_gkd: bool = False, times: bool = True) -> 
     times: False leaves out what another run of the same would measure otherwise.
   """
   store = StageStore(workdir / "evaluation")
-  if "evaluation.json" not in store:
+  stage = "child" if before_gkd else "gkd"
+  if not store.done or store.key["inputs"][stage] != StageStore(workdir / stage).content():
     return ""
   evaluation, costs = store.get_json("evaluation.json"), read_json(workdir / "config.json")["costs"]
   quality = evaluation["before_gkd" if before_gkd else "after_gkd"]

@@ -1,12 +1,13 @@
 """Parent and child in a serving engine, side by side: what a user wants to know before deploying (imports no JAX)."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax import checkpoint
+from puzzle_jax import checkpoint, weights
 from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.differences import quiet_mean
@@ -79,29 +80,37 @@ def serve(
   folders: Mapping[str, Path],
   progress: Progress,
 ) -> dict[str, Served]:
-  """Measures exported models in vLLM, one after the other; what their `folders` hold already is not measured again.
+  """Measures exported models in vLLM, one after the other; what their `folders` hold of the same weights already is not
+  measured again.
 
   Raises:
-    PuzzleError: vLLM is missing or fails, a model that it does not run or that does not fit the memory.
+    PuzzleError: vLLM is missing or fails, a model that it does not run or that does not fit the memory, or one that was
+      measured on another machine than the first.
   """
   opened = {name: open_parent(str(path)).architecture for name, path in models.items()}
   for name, architecture in opened.items():
     engines.check_ranks("vllm", architecture, engine.tensor_parallel, what=name)
-  points = [
-    point
-    for batch in batches
-    for scenario in scenarios
-    for point in (_prefill(scenario, batch, rounds), _whole(scenario, batch, rounds))
-  ]
-  longest, found = max(s.tokens for s in scenarios), {}
+  points: list[Point] = []
+  for batch in batches:
+    for scenario in scenarios:
+      both = (_prefill(scenario, batch, rounds), _whole(scenario, batch, rounds))
+      points += [point for point in both if point not in points]
+  longest, found = max(s.tokens for s in scenarios), dict[str, Served]()
   with progress.bar("serving", total=len(models) * len(points), unit="point") as bar:
     for name, path in models.items():
       bar.set_postfix_str(name)
       settings = engine.settings(path, max_length=longest, batches=batches, dummy=False)
-      vocab, kept = opened[name].config.vocab_size, folders[name] / name
+      made_of = weights.fingerprint([path / "config.json", *sorted(path.glob("*.safetensors"))])
+      vocab, kept = opened[name].config.vocab_size, folders[name] / name / made_of[:12]
       measured = vllm_process.measure(engine, settings, points, vocab_size=vocab, folder=kept, tick=bar.update)
       if not measured.engine:
         raise PuzzleError(f"{name}: it does not fit the memory of the GPU; the log is in {kept}")
+      for before, key in itertools.product(found.values(), ("hardware", "version")):
+        if before.engine[key] != measured.engine[key]:
+          raise PuzzleError(
+            f"{name} was measured with {key} {measured.engine[key]}, another model with {before.engine[key]}: measure "
+            "both here, into another folder"
+          )
       room, block = measured.engine["kv_cache_tokens"], measured.engine["kv_block_tokens"]
       found[name] = Served(
         weight_bytes=weight_bytes(path),

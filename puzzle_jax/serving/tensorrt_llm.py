@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from puzzle_jax.costs import Scenario
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.parents import open_parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import engines, served
@@ -105,7 +105,11 @@ def bench(model: Path, scenario: Scenario, *, batch: int, ranks: int, log: Path,
   command = bench_command(model, log.with_suffix(".jsonl"), batch=batch, ranks=ranks)
   ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
   log.write_text(ended.stdout)
-  return parse_report(ended.stdout)
+  try:
+    return parse_report(ended.stdout)
+  except PuzzleError as e:
+    short = filter(None, (why_no_memory(ValueError(line)) for line in ended.stdout.splitlines()))
+    raise PuzzleError(next(short, str(e))) from e
 
 
 def serve(

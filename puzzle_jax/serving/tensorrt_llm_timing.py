@@ -14,7 +14,7 @@ from typing import Any
 
 from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import CostTable, Scenario, Seconds
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import by_difference, engines, tensorrt_llm
@@ -82,17 +82,28 @@ def measure(
     engines.check_ranks(ENGINE, model, config.ranks, what=name)
   points = [(s, batch) for s in scenarios for batch in sorted(batches)]
   found: dict[tuple[str, str, int], list[Figures]] = {}
+  unreachable: list[dict[str, Any]] = []
   with progress.bar("costs", total=len(models) * len(points) * config.rounds, unit="point") as bar:
     for name, model in models.items():
-      place = folder / digest(model.to_json() | {"ranks": config.ranks})[:12]
+      made_from = model.to_json() | {"ranks": config.ranks, "hardware": hardware, "version": version}
+      place = folder / digest(made_from)[:12]
       with temporary_folder() as scratch:
         exported = _write(model, parent, Path(scratch))
-        for scenario, batch in points:
+        for scenario, batch in list(points):
           for k in range(config.rounds):
             log = place / f"{scenario.input_tokens}_{scenario.output_tokens}_{batch} round {k + 1}.log"
-            figures = tensorrt_llm.bench(exported, scenario, batch=batch, ranks=config.ranks, log=log, keep=True)
+            try:
+              figures = tensorrt_llm.bench(exported, scenario, batch=batch, ranks=config.ranks, log=log, keep=True)
+            except PuzzleError as e:
+              if not (why := why_no_memory(e)):
+                raise
+              unreachable.append({"scenario": scenario.name, "batch": batch, "models": [name], "why": why})
+              points.remove((scenario, batch))
+              break
             found.setdefault((name, scenario.name, batch), []).append(figures)
             bar.update()
+  if not points:
+    raise PuzzleError(f"TensorRT-LLM reached none of the scenarios at any batch: {unreachable[0]['why']}")
   parts: dict[str, dict[str, Differences]] = {}
   for scenario, batch in points:
     totals = {name: _totals(found[name, scenario.name, batch], scenario) for name in models}
@@ -105,6 +116,7 @@ def measure(
       {"model": name, "scenario": scenario, "batch": batch, "rounds": [dataclasses.asdict(f) for f in figures]}
       for (name, scenario, batch), figures in found.items()
     ],
+    "unreachable": unreachable,
     "residuals": {s: {b: p.residuals for b, p in by_batch.items()} for s, by_batch in parts.items()},
   }
   return CostTable(
@@ -112,7 +124,7 @@ def measure(
     hardware=hardware,
     versions={"tensorrt_llm": version},
     bytes_per_value=2,
-    scenarios=tuple(scenarios),
+    scenarios=tuple(s for s in scenarios if s.name in parts),
     subblocks=costs,
     fixed=fixed,
     details=details,

@@ -8,6 +8,7 @@ import torch
 
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.differences import quiet_mean
+from puzzle_jax.errors import why_no_memory
 from puzzle_jax.parents import open_parent
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import served, torch_engine
@@ -38,7 +39,9 @@ def serve(
         for batch in batches:
           try:
             figures[scenario.name][str(batch)] = _figures(model, scenario, batch, rounds)
-          except torch.OutOfMemoryError:
+          except RuntimeError as e:
+            if not why_no_memory(e):
+              raise
             torch.cuda.empty_cache()
           bar.update()
       found[name] = Served(

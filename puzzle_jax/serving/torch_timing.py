@@ -20,7 +20,7 @@ import torch
 from puzzle_jax.arch import Architecture
 from puzzle_jax.costs import CostTable, Scenario, Seconds
 from puzzle_jax.costs.differences import quiet_mean
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.progress import Progress
 from puzzle_jax.serving import by_difference, torch_engine
 from puzzle_jax.serving.by_difference import PHASES, Differences
@@ -94,9 +94,10 @@ def measure(
       for batch in sorted(batches):
         try:
           rounds = _rounds(whole, weights, scenario, batch, config, bar.update)
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+          if not (why := why_no_memory(e).split(". ")[0]):
+            raise
           torch.cuda.empty_cache()
-          why = str(e).split(". ")[0]
           details["unreachable"].append({"scenario": scenario.name, "batch": batch, "why": why})
           continue
         totals = {name: _totals(rounds[name], scenario) for name in whole}
@@ -105,7 +106,7 @@ def measure(
         parts.setdefault(scenario.name, {})[str(batch)] = split
         details["points"] += _points({n: rounds[n] for n in models}, scenario, batch)
         base, _, empty, *_ = models
-        share = {phase: totals[empty][phase] / totals[base][phase] for phase in PHASES}
+        share = {phase: by_difference.share(totals[empty][phase], totals[base][phase]) for phase in PHASES}
         limit = {phase: "fixed" if share[phase] > by_difference.HOST_SHARE else "blocks" for phase in PHASES}
         details["limits"].setdefault(scenario.name, {})[str(batch)] = {"empty_to_base": share, "limit": limit}
   if not parts:

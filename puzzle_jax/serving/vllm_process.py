@@ -177,7 +177,10 @@ def _run(command: Sequence[str], log: Path, env: dict[str, str], look: Callable[
   """Waits for a worker, looking at what it has written; returns its exit code."""
   with log.open("w") as out:
     # A session of its own: what interrupts this process must not look like a failure of the engine.
-    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+      process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    except OSError as e:
+      raise PuzzleError(f"{command[0]} cannot be started ({e.strerror}); name the Python that has vLLM") from e
     try:
       while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -212,7 +215,9 @@ def _read(results: Path) -> Iterable[dict[str, Any]]:
 
 
 def _lines(results: Path, points: Sequence[Point]) -> list[dict[str, Any]]:
-  return [line for line in _read(results) if line.get("point") in points]
+  """Of each point that has come."""
+  lines = list(_read(results))
+  return [found for point in points if (found := next((line for line in lines if line.get("point") == point), None))]
 
 
 def _starts(results: Path) -> int:

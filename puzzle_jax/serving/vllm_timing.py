@@ -375,7 +375,7 @@ def _limits(
     for batch, least in floor.get(scenario.name, {}).items():
       whole = _totals(shallow, plan, int(batch), scenario, stall_s)
       assert whole is not None
-      share = {phase: least[phase] / whole[phase] for phase in PHASES}
+      share = {phase: by_difference.share(least[phase], whole[phase]) for phase in PHASES}
       limits.setdefault(scenario.name, {})[batch] = {"empty_to_base": share, "limit": limit_of(whole, least)}
   return limits
 

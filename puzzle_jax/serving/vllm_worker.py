@@ -170,8 +170,14 @@ def work(job: dict[str, Any], make: Any = Engine) -> None:
     text = results.read()
     whole = text[: text.rfind("\n") + 1]  # a worker that was killed may have left half a line
     results.truncate(len(whole.encode()))
-    done = [json.loads(line).get("point") for line in whole.splitlines()]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    done = [line.get("point") for line in lines]
     engine, prompts = make(job["settings"], job["oldest"]), Prompts(job["vocab_size"])
+    for before in (line["engine"] for line in lines if "engine" in line):
+      for key in ("hardware", "version"):
+        if before[key] != engine.about[key]:
+          here = f"here it is {engine.about[key]}: name another folder"
+          sys.exit(f"error: {results.name} was begun with {key} {before[key]}, {here}")
 
     def tell(line: dict[str, Any]) -> None:
       print(json.dumps(line), file=results, flush=True)
