@@ -19,7 +19,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
   header = list(HEADER)
   for text in texts:
     header += [f"KL, {text}", "difference (95 %)", "perplexity"]
-  noise = {text: _seed_variance(record, text) for text in texts}
+  noise = {text: _seed_noise(record, text) for text in texts}
   found = []
   for name, arm in arms.items():
     children = _made(arm)
@@ -37,7 +37,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
       row.append(f"{kl.sum(axis=1).mean() / tokens.sum():.4f}")
       if compared:
         other = _sums(arms[against], text, "kl")
-        row.append(_written(paired.difference(kl, other, tokens, seed_variance=noise[text])))
+        row.append(_written(paired.difference(kl, other, tokens, noise=noise[text])))
       else:
         row.append("")
       row.append(f"{np.exp(nll.sum(axis=1).mean() / tokens.sum()):.2f}")
@@ -47,6 +47,8 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _written(difference: paired.Difference) -> str:
   mean = f"{difference.mean:+.4f}"
+  if np.isinf(difference.high):
+    return f"{mean} (one seed each)"
   return f"{f'**{mean}**' if difference.is_real else mean} ({difference.low:+.4f} to {difference.high:+.4f})"
 
 
@@ -60,7 +62,7 @@ def _sums(arm: dict[str, Any], text: str, key: str) -> np.ndarray:
   return np.array([child["texts"][text][key] for child in _made(arm)])
 
 
-def _seed_variance(record: dict[str, Any], text: str) -> float:
+def _seed_noise(record: dict[str, Any], text: str) -> paired.SeedNoise:
   """Of the KL; random children differ by more than the order of rows, and are left out."""
   several = [arm for name, arm in record["arms"].items() if len(_made(arm)) > 1 and name != "search_random"]
-  return paired.seed_variance([_sums(arm, text, "kl") for arm in several], np.array(record["texts"][text]["tokens"]))
+  return paired.seed_noise([_sums(arm, text, "kl") for arm in several], np.array(record["texts"][text]["tokens"]))

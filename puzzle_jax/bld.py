@@ -24,7 +24,7 @@ import optax
 from puzzle_jax import surgery
 from puzzle_jax.activations import Batch
 from puzzle_jax.arch import BlockSpec, ModelConfig, Subblock
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, check_seed
 from puzzle_jax.model import subblocks
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Weights, mean_square, parent_deltas, token_weights
@@ -104,8 +104,10 @@ class BLDConfig:
     ):
       if getattr(self, name) < least:
         raise PuzzleError(f"bld.{name}={getattr(self, name)} must be at least {least}")
-    if self.learning_rate <= 0:
-      raise PuzzleError(f"bld.learning_rate={self.learning_rate} must be above 0")
+    for name in ("learning_rate", "clip_norm"):
+      if getattr(self, name) <= 0:
+        raise PuzzleError(f"bld.{name}={getattr(self, name)} must be above 0")
+    check_seed("bld.seed", self.seed)
     if self.patience and not self.eval_steps:
       raise PuzzleError(f"bld.patience={self.patience} needs bld.eval_steps of at least 1")
     for rule in self.learning_rates:

@@ -8,13 +8,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
 from puzzle_jax.data.sampling import SamplingConfig
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, check_seed
 from puzzle_jax.evaluation.suite import task_name
 from puzzle_jax.gkd import GKDConfig
 from puzzle_jax.mesh import MeshConfig
@@ -99,6 +100,7 @@ class DataConfig:
         raise PuzzleError(f"data.{name}={shares} must be {len(self.sources)} numbers above 0, as data.source names")
     _at_least(2, "data", seq_len=self.seq_len)
     _at_least(1, "data", task_items=self.task_items)
+    check_seed("data.seed", self.seed)
     for name in ("train_tokens", "heldout_tokens", "eval_tokens"):
       if getattr(self, name) < self.seq_len:
         raise PuzzleError(f"data.{name}={getattr(self, name)} is less than one row of data.seq_len={self.seq_len}")
@@ -284,6 +286,12 @@ class RunConfig:
       raise PuzzleError(
         f"evaluation.contexts={self.evaluation.contexts} has a row longer than all of "
         f"data.eval_tokens={self.data.eval_tokens}; raise the latter"
+      )
+    names = [Path(name).name for name in (*self.data.sources, *self.evaluation.texts)]
+    if len(set(names)) < len(names):
+      raise PuzzleError(
+        f"data.source={self.data.source!r} and evaluation.texts={self.evaluation.texts} are told apart by their names "
+        "without folders; rename one"
       )
     if self.search.rule != MIP and self.coupled.wanted:
       raise PuzzleError(f"search.rule={self.search.rule!r} cannot choose among coupled pairs; leave one of them out")

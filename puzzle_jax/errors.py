@@ -7,6 +7,12 @@ class PuzzleError(ValueError):
   """Bad input, found before work starts. The message names the value and what to do about it."""
 
 
+def check_seed(name: str, seed: int) -> None:
+  """Raises PuzzleError for what is no seed of random numbers."""
+  if not 0 <= seed < 2**32:
+    raise PuzzleError(f"{name}={seed} must be from 0 to {2**32 - 1}")
+
+
 def why_no_memory(error: Exception) -> str:
   """The line in which an engine says that memory is short; empty: the error is another one."""
   short = (line for line in str(error).splitlines() if any(sign in line for sign in _NO_MEMORY))

@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, check_seed
 from puzzle_jax.windows import ATTENTION
 
 PARENTS = ("sharded", "whole")
@@ -76,6 +76,12 @@ class GKDConfig:
         raise PuzzleError(f"gkd.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
     if self.steps < 0 or self.batch_rows < 1 or self.learning_rate <= 0 or self.checkpoint_steps < 1:
       raise PuzzleError(f"gkd: steps >= 0, batch_rows, checkpoint_steps >= 1, learning_rate > 0 needed; got {self}")
+    if self.clip_norm <= 0 or self.warmup_steps < 0:
+      raise PuzzleError(
+        f"gkd: clip_norm > 0 and warmup_steps >= 0 needed; got clip_norm={self.clip_norm} (a large one clips nothing), "
+        f"warmup_steps={self.warmup_steps}"
+      )
+    check_seed("gkd.seed", self.seed)
     if not 0 <= self.ema < 1 or self.eval_steps < 0:
       raise PuzzleError(
         f"gkd: 0 <= ema < 1 and eval_steps >= 0 needed; got ema={self.ema}, eval_steps={self.eval_steps}"

@@ -84,12 +84,19 @@ def _checksums(folder: Path) -> Path:
 
 
 def drop_damaged(folder: Path, progress: Progress) -> None:
-  """Deletes checkpoints that are not as they were written: orbax itself would use a changed array."""
+  """Deletes checkpoints that are not as they were written: orbax itself would use a changed array.
+
+  One that is newer than what was noted was whole, since orbax renames last, when the run was killed before the note.
+  """
+  noted = True
   try:
     known = read_json(_checksums(folder)) if _checksums(folder).exists() else {}
   except CorruptFileError:
-    known = {}
+    known, noted = {}, False
+  newest = max(map(int, known), default=-1)
   for checkpoint in folder.glob("[0-9]*"):
-    if file_digests(checkpoint) != known.get(checkpoint.name):
+    if noted and checkpoint.name.isdigit() and int(checkpoint.name) > newest:
+      note_checksums(folder, checkpoint.name)
+    elif file_digests(checkpoint) != known.get(checkpoint.name):
       progress.say(f"gkd: the checkpoint {checkpoint} is damaged or was not finished; its steps are done again")
       shutil.rmtree(checkpoint)

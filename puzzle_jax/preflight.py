@@ -9,9 +9,13 @@ import jax
 
 from puzzle_jax import mesh
 from puzzle_jax.costs import CostTable, check_target, jax_timing, other_version
+from puzzle_jax.data import documents
+from puzzle_jax.data.documents import STDLIB, TFDS
+from puzzle_jax.data.sampling import PARENT
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluation import suite, tasks
+from puzzle_jax.evaluation import tasks
 from puzzle_jax.runs import Run
+from puzzle_jax.store import file_digest
 
 
 def memory_bytes() -> int:
@@ -29,9 +33,8 @@ def check(run: Run) -> None:
   _check_device(run)
   _check_cost_table(run)
   _check_context(run)
-  suite.files(run.config.evaluation)
-  for task in run.config.evaluation.tasks:
-    tasks.read_items(task, targets=True)
+  _check_texts(run)
+  _check_tasks(run)
   tokenizer, rows = run.tokenizer, run.parent.architecture.config.vocab_size
   if tokenizer.largest_id >= rows:
     raise PuzzleError(
@@ -43,6 +46,14 @@ def check(run: Run) -> None:
       "evaluation.prompts are chat messages, and the parent's tokenizer has no chat template; set "
       "--config.evaluation.prompts='()', or use an instruct parent"
     )
+  limit, most = run.parent.architecture.config.max_context, run.config.evaluation.max_new_tokens
+  for prompt in run.config.evaluation.prompts:
+    tokens = len(tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": prompt}]), add_special=False))
+    if tokens + most > limit:
+      raise PuzzleError(
+        f"evaluation.max_new_tokens={most} behind a prompt of {tokens} tokens ({prompt[:40]!r}) are more than the "
+        f"parent's context of {limit}; lower it"
+      )
 
 
 def check_mesh(run: Run, stages: Collection[str]) -> None:
@@ -85,6 +96,37 @@ def _check_device(run: Run) -> None:
       f"the config {run.config.name} is for a GPU and JAX finds only {found}: {install}; "
       "--config.device=any runs it here all the same"
     )
+
+
+def _check_texts(run: Run) -> None:
+  """None of the evaluation's may be one that is trained on."""
+  sources = [name for name in run.config.data.sources if name not in (PARENT, STDLIB) and not name.startswith(TFDS)]
+  trained = {file_digest(file): name for name in sources for file in documents.find_files(name)}
+  for pattern in run.config.evaluation.texts:
+    for file in documents.find_files(pattern):
+      if (source := trained.get(file_digest(file))) is not None:
+        raise PuzzleError(
+          f"evaluation.texts: {file} is of data.source={source!r}, which is trained on; the part of it that is held "
+          "out is measured anyway: leave it out"
+        )
+
+
+def _check_tasks(run: Run) -> None:
+  """Their items must be whole, and fit the context."""
+  limit, config = run.parent.architecture.config.max_context, run.config
+  if config.data.task:
+    tasks.pack(
+      tasks.read_items(config.data.task, limit=config.data.task_items), run.tokenizer, seq_len=config.data.seq_len
+    )
+  for task in config.evaluation.tasks:
+    items = tasks.read_items(task, limit=config.evaluation.task_items or None, targets=True)
+    long = [item for item in items if len((item.context + max(item.choices, key=len)).encode()) > limit]  # no text has
+    for request in tasks.requests(long, run.tokenizer) if long else ():  # more tokens than bytes
+      if len(request.ids) > limit + 1:
+        raise PuzzleError(
+          f"task {task} has an item of {len(request.ids)} tokens, more than the parent's context of {limit}; leave it "
+          "out"
+        )
 
 
 def _check_cost_table(run: Run) -> None:

@@ -20,6 +20,7 @@ from puzzle_jax.build_library import Builder
 from puzzle_jax.checkpoint import open_checkpoint, write_checkpoint
 from puzzle_jax.costs import CostTable, jax_timing
 from puzzle_jax.data import sampling
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import quality, suite, tasks
 from puzzle_jax.library import Library
 from puzzle_jax.model import decoder
@@ -54,6 +55,12 @@ def make_data(run: Run, store: StageStore) -> None:
           found[i] = _parent_text(run, wanted)
         else:
           found[i] = _documents(run, name)
+        if found[i].forced and len(config.sources) > 1:
+          raise PuzzleError(
+            f"by their hashes, the documents of {name!r} are all learnt from or all held out, and one that had to "
+            f"change sides could be learnt from in another source: set data.heldout_fraction={config.heldout_fraction} "
+            "otherwise, or name more documents"
+          )
         bar.update()
         yield i, found[i]
 

@@ -124,6 +124,11 @@ def test_the_study_makes_children_once_and_takes_what_they_share(parent, tmp_pat
   assert "4 children" in page
   assert "| `gkd_none` | `base` | 1 |" in page
 
+  record["digests"] = {text: "of another text"}
+  write_json(tmp_path / "other.json", record)
+  with pytest.raises(PuzzleError, match=rf"{text} is not the text that .*other.json was measured on: name another"):
+    ablations.Study(tmp_path / "study", tmp_path / "other.json", changed)
+
   changed.data.eval_tokens = 256
   with pytest.raises(PuzzleError, match=r"record.json is of another base config; name another --record"):
     ablations.Study(tmp_path / "study", tmp_path / "record.json", changed)
@@ -176,14 +181,28 @@ def test_a_paired_difference_is_found_where_rows_differ_far_more():
 def test_seeds_that_differ_make_a_difference_less_sure():
   rows = RNG.uniform(0, 2, len(TOKENS))
   arms_SR = [children(0.0, 40, rows=rows, between=0.05) for _ in range(5)]
-  variance = paired.seed_variance(arms_SR, TOKENS)
-  assert variance == pytest.approx(0.05**2, rel=0.25)
+  noise = paired.seed_noise(arms_SR, TOKENS)
+  assert noise.freedom == 5 * 39
+  assert noise.variance == pytest.approx(0.05**2, rel=0.25)
   a, b = children(0.02, 2, rows=rows), children(0.0, 2, rows=rows)
-  sure, unsure = (paired.difference(a, b, TOKENS, seed_variance=v) for v in (0.0, variance))
+  sure, unsure = (paired.difference(a, b, TOKENS, noise=v) for v in (None, noise))
   assert sure.is_real
   assert not unsure.is_real
   assert unsure.mean == sure.mean
   assert unsure.high - unsure.low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)  # of two means of two
+
+
+def test_few_seeds_are_less_sure_than_their_variance_and_one_says_nothing():
+  rows = RNG.uniform(0, 2, len(TOKENS))
+  a, b = children(0.02, 1, rows=rows), children(0.0, 1, rows=rows)
+  widths = []
+  for freedom in (1000, 2):
+    found = paired.difference(a, b, TOKENS, noise=paired.SeedNoise(0.05**2, freedom))
+    widths.append(found.high - found.low)
+  assert widths[1] / widths[0] == pytest.approx(4.303 / 1.962, rel=0.1)  # of Student's distributions
+  alone = paired.seed_noise([a, b], TOKENS)
+  assert alone.freedom == 0
+  assert not paired.difference(a, b, TOKENS, noise=alone).is_real
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():

@@ -79,6 +79,11 @@ def test_what_flags_give_becomes_what_the_stages_take():
     ({"costs": {"timing": {"layers": 1}}}, "layers >= 2"),
     ({"search": {"limits": {"min_speedup": 0}}}, "limit min_speedup=0.0 must be"),
     ({"export": {"dtype": "int8"}}, "export.dtype='int8' is not one of"),
+    ({"gkd": {"clip_norm": 0}}, "clip_norm > 0 and warmup_steps >= 0 needed; got clip_norm=0.0"),
+    ({"bld": {"clip_norm": -1.0}}, "bld.clip_norm=-1.0 must be above 0"),
+    ({"data": {"seed": -1}}, "data.seed=-1 must be from 0 to 4294967295"),
+    ({"gkd": {"seed": 2**32}}, "gkd.seed=4294967296 must be from 0 to 4294967295"),
+    ({"data": {"source": "a/x.txt"}, "evaluation": {"texts": ["b/x.txt"]}}, "are told apart by their names"),
   ],
 )
 def test_names_what_is_wrong(values, message):

@@ -125,6 +125,11 @@ def test_files_of_all_kinds(tmp_path):
   assert len(source.heldout) >= 1
 
 
+def test_the_last_suffix_says_what_a_file_is(tmp_path):
+  source = data.load_documents(write_lines(tmp_path / "a.txt.jsonl", ["one", "two", "three"]), data_dir=tmp_path)
+  assert sorted([*source.train, *source.heldout]) == ["one", "three", "two"]
+
+
 def test_text_field(tmp_path):
   path = write_lines(tmp_path / "a.jsonl", ["one", "two"], field="body")
   assert sorted(every(data.load_documents(path, data_dir=tmp_path / "out", text_field="body"))) == ["one", "two"]
@@ -247,7 +252,9 @@ def test_each_part_gets_a_document(tmp_path):
   path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
   for fraction in (0.001, 0.999):
     source = data.load_documents(path, data_dir=tmp_path, heldout_fraction=fraction)
-    assert (len(source.train), len(source.heldout)) == (1, 1)
+    assert (len(source.train), len(source.heldout), source.forced) == (1, 1, True)
+  many = data.load_documents(write_lines(tmp_path / "b.jsonl", [f"number {i}" for i in range(100)]), data_dir=tmp_path)
+  assert not many.forced
 
 
 # Datasets of tensorflow-datasets.

@@ -168,6 +168,19 @@ def test_texts_at_several_lengths(run, models):
   assert suite.compare_texts(plain, child, parent) == []  # what the run measures anyway
 
 
+def test_a_short_text_is_measured_as_far_as_it_goes(run, models, tmp_path):
+  (tmp_path / "short.txt").write_text("the sea is wide and blue. " * 4)
+  other = puzzle_jax.open_run(run.workdir.root)
+  evaluation = dataclasses.replace(run.config.evaluation, contexts=(32, 256), texts=(str(tmp_path / "short.txt"),))
+  other.config = dataclasses.replace(run.config, evaluation=evaluation)
+  rows = suite.compare_texts(other, *models)
+  assert [(row["text"], row["context"], row["rows"]) for row in rows] == [
+    ("stdlib", 32, 8),
+    ("stdlib", 256, 1),
+    ("short.txt", 32, 3),
+  ]
+
+
 def test_tasks_of_parent_and_child(run, models):
   child, parent = models
   found = suite.compare_tasks(run, child, parent)
@@ -251,12 +264,23 @@ def test_refuses(change, message):
     ({"contexts": (257,)}, "more than the parent's context of 256 tokens"),
     ({"tasks": ("gone.jsonl",)}, "task gone.jsonl cannot be read"),
     ({"texts": ("gone.txt",)}, "no file matches 'gone.txt'"),
+    (
+      {"max_new_tokens": 250},
+      r"max_new_tokens=250 behind a prompt of \d+ tokens .*more than the parent's context of 256",
+    ),
+    ({"tasks": ("long.jsonl",)}, "task long.jsonl has an item of 1201 tokens, more than the parent's context of 256"),
+    ({"texts": ("corpus.*",)}, r"corpus.jsonl is of data.source='.*/corpus.jsonl', which is trained on"),
+    ({"data.task": "gone.jsonl"}, "task gone.jsonl cannot be read"),
   ],
 )
-def test_refuses_before_any_work(run, tmp_path, change, message):
+def test_refuses_before_any_work(run, tmp_path, monkeypatch, change, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "long.jsonl").write_text(json.dumps({"context": "the sea " * 150, "target": "."}))
+  (tmp_path / "corpus.jsonl").write_text('{"text": "the sea is wide"}\n{"text": "the sea is blue"}\n')
   values = run.config.to_dict()
-  values["data"] |= {"eval_tokens": 1024}
-  values["evaluation"] |= change
+  values["data"] |= {"eval_tokens": 1024, "source": str(tmp_path / "corpus.jsonl")}
+  values["data"]["task"] = change.get("data.task", "")
+  values["evaluation"] |= {key: value for key, value in change.items() if key != "data.task"}
   with pytest.raises(PuzzleError, match=message):
     puzzle_jax.run(values, tmp_path / "run", quiet=True)
   assert not (tmp_path / "run").exists()

@@ -219,6 +219,18 @@ def test_preempted_it_loses_no_step(training, undisturbed, monkeypatch, tmp_path
   assert history == undisturbed[1]
 
 
+def test_killed_between_a_checkpoint_and_its_note_it_loses_no_step(training, undisturbed, monkeypatch, tmp_path):
+  with monkeypatch.context() as killed:
+    killed.setattr(gkd, "note_checksums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      training.run(tmp_path / "gkd", monkeypatch)
+  assert [path.name for path in (tmp_path / "gkd").glob("[0-9]*")] == ["2"]
+  params, history = training.run(tmp_path / "gkd", monkeypatch)
+  assert training.steps == 4
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((params, undisturbed[0])))
+  assert history == undisturbed[1]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no checksums"])
 def test_a_damaged_checkpoint_is_not_used(training, undisturbed, monkeypatch, tmp_path, capsys, damage):
   with pytest.raises(KeyboardInterrupt):

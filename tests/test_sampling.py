@@ -178,6 +178,16 @@ def test_sets_of_a_mix_hold_the_shares_and_share_no_rows():
   assert list(costly) == [(0, sources[0])]  # is not made
 
 
+def test_a_source_whose_documents_are_all_on_one_side_is_refused_beside_another(folder, tmp_path):
+  for name, count in (("few", 3), ("many", 200)):
+    lines = (json.dumps({"text": f"{i}: the quick brown fox jumps over the lazy dog number {i}"}) for i in range(count))
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+  values = tiny.get_config().to_dict() | {"parent": str(folder)}
+  values["data"] |= {"source": f"{tmp_path / 'few.jsonl'},{tmp_path / 'many.jsonl'}", "heldout_fraction": 0.001}
+  with pytest.raises(PuzzleError, match=r"few.jsonl' are all learnt from .*set data.heldout_fraction=0.001 otherwise"):
+    puzzle_jax.run(values, tmp_path / "run", stages=["data"], quiet=True)
+
+
 def test_the_data_stage_mixes_the_parents_text_with_a_file(folder, tmp_path, monkeypatch):
   texts = [f"{i}: the quick brown fox jumps over the lazy dog number {i}" for i in range(200)]
   path = tmp_path / "fox.jsonl"

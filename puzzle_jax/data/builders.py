@@ -88,7 +88,7 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
   """
   try:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-      if ".txt" in path.suffixes[-2:]:
+      if path.name.endswith((".txt", ".txt.gz")):
         texts = iter([file.read()])
       else:
         texts = (_field(line, text_field, f"{path}:{i}") for i, line in enumerate(file, 1) if line.strip())

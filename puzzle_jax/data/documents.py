@@ -23,7 +23,7 @@ from puzzle_jax.data import builders, stdlib
 from puzzle_jax.errors import PuzzleError
 
 STDLIB = "stdlib"
-_TFDS = "tfds:"
+TFDS = "tfds:"
 _READ_TOGETHER = 1024  # four times as fast as one by one
 
 
@@ -44,6 +44,7 @@ class DocumentSource:
     train: documents to learn from.
     heldout: documents to measure on.
     files: what was read of the disk.
+    forced: whether a part would be empty, had not one document been put there against its hash.
   """
 
   name: str
@@ -51,6 +52,7 @@ class DocumentSource:
   train: Sequence[str]
   heldout: Sequence[str]
   files: tuple[SourceFile, ...] = ()
+  forced: bool = False
 
 
 def load_documents(
@@ -75,8 +77,8 @@ def load_documents(
     made_by = store.digest([platform.python_version(), store.file_digest(Path(stdlib.__file__))])
     rows = builders.read_prepared(builders.StandardLibraryText(data_dir=data_dir / made_by[:16]), quiet=True)
     text_field = "text"
-  elif source.startswith(_TFDS):
-    rows, text_field = _registered(source.removeprefix(_TFDS), data_dir, text_field)
+  elif source.startswith(TFDS):
+    rows, text_field = _registered(source.removeprefix(TFDS), data_dir, text_field)
   else:
     paths = find_files(source)
     files = tuple(SourceFile(path.name, store.file_digest(path)) for path in paths)
@@ -191,4 +193,5 @@ def split(
   parts = [sorted(first[k] for k in part) for part in (keys[num_heldout:], keys[:num_heldout])]
   content = hashlib.sha256(b"/".join(b"".join(sha for _, sha in part) for part in parts)).hexdigest()
   train, heldout = (_Documents(rows, text_field, np.array([i for i, _ in part])) for part in parts)
-  return DocumentSource(name=name, digest=content, train=train, heldout=heldout, files=files)
+  forced = num_heldout != below
+  return DocumentSource(name=name, digest=content, train=train, heldout=heldout, files=files, forced=forced)

@@ -60,7 +60,13 @@ def target_mask(segment_ids: jax.Array | np.ndarray) -> jax.Array:
 
 
 def pack(
-  documents: Sequence[str], tokenizer: Tokenizer, *, seq_len: int, max_tokens: int | None = None, seed: int = 0
+  documents: Sequence[str],
+  tokenizer: Tokenizer,
+  *,
+  seq_len: int,
+  max_tokens: int | None = None,
+  fewer: bool = False,
+  seed: int = 0,
 ) -> PackedText:
   """Tokenises documents in a random order and packs them.
 
@@ -69,6 +75,7 @@ def pack(
     tokenizer: the parent's.
     seq_len: T, tokens a row.
     max_tokens: size of the result, rounded down to whole rows, all of them full. None: everything, the last row padded.
+    fewer: take the whole rows that there are, perhaps none, where the documents hold fewer than `max_tokens`.
     seed: of the order of the documents.
 
   Raises:
@@ -92,6 +99,8 @@ def pack(
     if wanted is not None and total >= wanted:
       break
   if wanted is not None and total < wanted:
+    if fewer:
+      return _lay_out(ids, seq_len, total // seq_len * seq_len, pad_id=tokenizer.eos_id)
     raise PuzzleError(
       f"{wanted:,} tokens are asked for and the {len(documents):,} documents hold {total:,}; ask for fewer "
       "(data.train_tokens + data.gkd_tokens, held out: data.heldout_tokens + data.eval_tokens) or name more text"

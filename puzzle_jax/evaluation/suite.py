@@ -42,7 +42,8 @@ def texts(run: "Run") -> Iterator[tuple[str, Callable[[int], data.PackedText]]]:
     return data.relaid(rows, seq_len=length, eos_id=tokenizer.eos_id)
 
   def read(texts: list[str], length: int) -> data.PackedText:
-    return data.pack(texts, tokenizer, seq_len=length, max_tokens=config.data.eval_tokens, seed=config.data.seed)
+    tokens = config.data.eval_tokens
+    return data.pack(texts, tokenizer, seq_len=length, max_tokens=tokens, fewer=True, seed=config.data.seed)
 
   for source in run.store("data").get_json("data.json")["sources"]:
     rows = packed.rows(slice(start, start + source["rows"]["eval"]))
@@ -72,7 +73,7 @@ def compare_texts(run: "Run", child: quality.Model, parent: quality.Model) -> li
         compared = quality.compare(child, parent, packed, batch_rows=rows)
         found.append({"text": name, "context": length, "rows": packed.num_rows} | compared)
       else:
-        run.progress.say(f"evaluation: {name} has no row of {length} held-out tokens; raise data.eval_tokens")
+        run.progress.say(f"evaluation: {name} has no row of {length} tokens to measure on")
   return found
 
 
