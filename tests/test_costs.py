@@ -150,6 +150,17 @@ def test_the_block_table_is_the_one_that_the_search_reads(table, parent, built):
   assert read.score_stderr[1, 1] == 0.01
 
 
+def test_an_engine_without_tied_embeddings_holds_a_copy(table, parent, built):
+  tied = dataclasses.replace(parent, config=dataclasses.replace(parent.config, tie_embeddings=True))
+  width, embedding = 2, parent.config.vocab_size * parent.config.hidden_size
+  once, twice = (costs.head_bytes(tied, engine=engine, width=width) for engine in ("vllm", "tensorrt_llm"))
+  assert once == width * costs.outer_params(tied)
+  assert twice == once + width * embedding
+  scores = [{b.name: (0.0, 0.0) for b in layer.blocks} for layer in built.layers]
+  made = costs.block_table(tied, built, scores, dataclasses.replace(table, head_bytes=twice))
+  assert made["fixed"]["param_bytes"] == twice
+
+
 def test_tables_of_another_machine_or_engine_are_refused(table):
   costs.check_target(table, hardware="none", engine="vllm")  # JAX's seconds stand in for any engine's
   vllm = dataclasses.replace(table, backend="vllm", hardware="1 x H100")

@@ -266,7 +266,7 @@ def test_refuses(change, message):
     ({"texts": ("gone.txt",)}, "no file matches 'gone.txt'"),
     (
       {"max_new_tokens": 250},
-      r"max_new_tokens=250 behind a prompt of \d+ tokens .*more than the parent's context of 256",
+      r"max_new_tokens=250 behind a prompt of \d+ tokens .* the parent's context of 256",
     ),
     ({"tasks": ("long.jsonl",)}, "task long.jsonl has an item of 1201 tokens, more than the parent's context of 256"),
     ({"texts": ("corpus.*",)}, r"corpus.jsonl is of data.source='.*/corpus.jsonl', which is trained on"),

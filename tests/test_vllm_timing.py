@@ -267,7 +267,9 @@ def test_8_bit_weights_are_smaller(parent, tmp_path, quiet):
   table = measure(parent, tmp_path, quiet, plan=plan, built=space_of(parent, ()))
   a = parent
   matrices = sum(b.num_params(a.config) for b in a.blocks)
-  assert table.weight_bytes(a.num_params()) == matrices + 2 * (a.num_params() - matrices)
+  assert table.weight_bytes(a) == matrices + 2 * (a.num_params() - matrices)
+  half = dataclasses.replace(a, blocks=a.blocks[:3])
+  assert table.weight_bytes(a) - table.weight_bytes(half) == matrices // 2
   (config, *_) = (tmp_path / "parts").rglob("config.json")
   assert json.loads(config.read_text())["quantization_config"]["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
 

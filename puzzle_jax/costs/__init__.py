@@ -48,6 +48,18 @@ class Scenario:
     return self.input_tokens + self.output_tokens
 
 
+def outer_params(architecture: Architecture) -> int:
+  """Parameters in no block: embedding, LM head, norm."""
+  return architecture.num_params() - sum(b.num_params(architecture.config) for b in architecture.blocks)
+
+
+def head_bytes(parent: Architecture, *, engine: str, width: int) -> int:
+  """Of what is in no block, at `width` bytes a value; an engine without tied embeddings holds a copy of a tied one."""
+  c = parent.config
+  copied = c.tie_embeddings and not engines.by_name(engine).tied_embeddings
+  return width * (outer_params(parent) + copied * c.vocab_size * c.hidden_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class CostTable:
   """Measured seconds.
@@ -56,7 +68,7 @@ class CostTable:
     backend: what measured them: `jax`, `llamacpp`, `vllm`, `torch` or `tensorrt_llm`.
     hardware: the machine.
     versions: of the software.
-    bytes_per_value: of weights as deployed, on average.
+    bytes_per_value: of weights as deployed, on average; of those of the blocks where `head_bytes` is known.
     scenarios: measured.
     subblocks: by variant name, scenario and batch.
     fixed: by scenario and batch.
@@ -64,6 +76,7 @@ class CostTable:
     details: how it was measured: raw times, spreads, residuals.
     kv_bytes_per_value: of the KV cache; 0: as of the weights.
     tensor_parallel: GPUs that each model was split over; bytes are of all of them together.
+    head_bytes: of what is in no block (embedding, LM head, norm), as deployed; 0: `bytes_per_value` of each value.
   """
 
   backend: str
@@ -77,10 +90,20 @@ class CostTable:
   kv_bytes_per_value: int = 0
   tensor_parallel: int = 1
   floor: dict[str, dict[str, Seconds]] = dataclasses.field(default_factory=dict)
+  head_bytes: int = 0
 
-  def weight_bytes(self, params: int) -> int:
-    """Of so many parameters, as deployed."""
+  def block_bytes(self, params: int) -> int:
+    """Of so many parameters of blocks, as deployed."""
     return round(params * self.bytes_per_value)
+
+  def outer_bytes(self, architecture: Architecture) -> int:
+    """Of a model's weights in no block, as deployed."""
+    return self.head_bytes or self.block_bytes(outer_params(architecture))
+
+  def weight_bytes(self, architecture: Architecture) -> int:
+    """Of a whole model, as deployed."""
+    blocks = (self.block_bytes(b.num_params(architecture.config)) for b in architecture.blocks)
+    return self.outer_bytes(architecture) + sum(blocks)
 
   @property
   def kv_width(self) -> int:
@@ -127,7 +150,7 @@ class CostTable:
         raise PuzzleError(f"cost table: {name} is {getattr(self, name)!r}, not of type {kind.__name__}")
     if not all(isinstance(version, str) for version in self.versions.values()):
       raise PuzzleError(f"cost table: versions {self.versions!r} are not all texts")
-    for name, least, most in (("kv_bytes_per_value", 0, 64), ("tensor_parallel", 1, 2**16)):
+    for name, least, most in (("kv_bytes_per_value", 0, 64), ("tensor_parallel", 1, 2**16), ("head_bytes", 0, 2**50)):
       value = getattr(self, name)
       if type(value) is not int or not least <= value <= most:
         raise PuzzleError(f"cost table: {name} is {value!r}, not a whole number from {least} to {most}")
@@ -245,18 +268,17 @@ def block_table(
           "score": score,
           "score_stderr": stderr,
           "params": block.num_params(config),
-          "param_bytes": costs.weight_bytes(block.num_params(config)),
+          "param_bytes": costs.block_bytes(block.num_params(config)),
           "kv_bytes_per_token": engines.kv_copies(block.name, costs.tensor_parallel)
           * block.kv_bytes_per_token(config, bytes_per_value=costs.kv_width),
           "costs": seconds,
         }
       )
     layers.append({"variants": variants})
-  head_params = parent.num_params() - sum(b.num_params(config) for b in parent.blocks)
   return {
     "format": "puzzle-block-table/1",
     **({"floor": costs.floor} if costs.floor else {}),
     "scenarios": {s.name: {"input_tokens": s.input_tokens, "output_tokens": s.output_tokens} for s in costs.scenarios},
-    "fixed": {"params": head_params, "param_bytes": costs.weight_bytes(head_params), "costs": costs.fixed},
+    "fixed": {"params": outer_params(parent), "param_bytes": costs.outer_bytes(parent), "costs": costs.fixed},
     "layers": layers,
   }

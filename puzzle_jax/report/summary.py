@@ -138,7 +138,7 @@ def _models(run: Run, summary: dict[str, Any], evaluation: dict[str, Any], batch
   for name, architecture in architectures.items():
     model = models[name] = {"params": architecture.num_params(), "blocks": [b.name for b in architecture.blocks]}
     if costs:
-      model["weight_bytes"] = costs.weight_bytes(architecture.num_params())
+      model["weight_bytes"] = costs.weight_bytes(architecture)
       model["kv_bytes_per_token"] = architecture.kv_bytes_per_token(bytes_per_value=costs.kv_width)
       predicted = costs.predict(architecture.blocks, scenario.name, str(batch))
       model |= {f"predicted_{k}": v for k, v in predicted.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.arch import Architecture
-from puzzle_jax.costs import CostTable, Scenario, Seconds
+from puzzle_jax.costs import CostTable, Scenario, Seconds, head_bytes
 from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.parents import Parent
 from puzzle_jax.progress import Progress
@@ -124,6 +124,7 @@ def measure(
     hardware=hardware,
     versions={"tensorrt_llm": version},
     bytes_per_value=2,
+    head_bytes=head_bytes(parent.architecture, engine=ENGINE, width=2),
     scenarios=tuple(s for s in scenarios if s.name in parts),
     subblocks=costs,
     fixed=fixed,

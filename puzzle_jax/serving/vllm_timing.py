@@ -30,7 +30,7 @@ import numpy as np
 
 from puzzle_jax import store, weights
 from puzzle_jax.arch import Architecture, Subblock
-from puzzle_jax.costs import CostTable, Scenario, Seconds
+from puzzle_jax.costs import CostTable, Scenario, Seconds, head_bytes
 from puzzle_jax.costs.differences import quiet_mean
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.progress import Progress
@@ -39,6 +39,7 @@ from puzzle_jax.serving.by_difference import HOST_SHARE, PHASES, Differences
 from puzzle_jax.serving.vllm_process import VLLM, Measured, Point
 from puzzle_jax.space import Space
 
+_WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a value; embedding and head stay in bfloat16 beside 8-bit matrices
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 SETTLE = 4  # steps of a batch before those that are timed
 _SHORT = 128  # tokens of a short answer at most
@@ -204,7 +205,8 @@ def measure(
     backend="vllm",
     hardware=about["hardware"],
     versions={"vllm": about["version"], "python": about["python"]},
-    bytes_per_value=_bytes_per_value(parent, plan.config.dtype),
+    bytes_per_value=1 if (small := plan.config.dtype in fp8.ALGORITHMS) else _WIDTHS[plan.config.dtype],
+    head_bytes=head_bytes(parent, engine="vllm", width=2 if small else _WIDTHS[plan.config.dtype]),
     scenarios=tuple(s for s in plan.scenarios if s.name in parts),
     subblocks=costs,
     fixed=fixed,
@@ -427,12 +429,3 @@ def _children(
           | {"throughput": batch * scenario.tokens / total, "error": total / sum(predicted.values()) - 1}
         )
   return lines
-
-
-def _bytes_per_value(parent: Architecture, dtype: str) -> float:
-  """Of the parent's weights on average: embedding and head stay in 16 bits where matrices have 8."""
-  width = {"float32": 4}.get(dtype, 2)
-  if dtype not in fp8.ALGORITHMS:
-    return width
-  inner = sum(b.num_params(parent.config) for b in parent.blocks)
-  return (inner + width * (parent.num_params() - inner)) / parent.num_params()
