@@ -1,4 +1,6 @@
-"""What a block library is worth, one choice changed at a time; run all by `python -m experiments.block_library`.
+"""What a block library is worth, one choice changed at a time; run all by
+
+    python -m experiments.block_library --workdir=runs/study --change.data.source=TEXT.jsonl.gz --record=RECORD.json
 
 `base` is the default of every choice but one: attention is held against the parent's block, as in the paper. Of
 SmolLM2-135M's 30 layers every third is distilled; scores are of single subblocks in the parent. An arm takes about two

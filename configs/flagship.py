@@ -14,7 +14,8 @@ All is made of text that the parent writes, and a fifth of it of a file that is 
 Everything before the search is made once for the four:
 
     python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship \
-      --config.data.source=parent,TEXT.jsonl.gz --config.evaluation.texts='("OTHER.txt.gz",)' \
+      --config.data.source=parent,TEXT.jsonl.gz --config.data.sampling.prompts=TEXT.jsonl.gz \
+      --config.evaluation.texts='("OTHER.txt.gz",)' \
       --config.evaluation.tasks='("arc_easy.jsonl.gz", "lambada.jsonl.gz", "zorro.jsonl.gz")'
 
 Then each child is served, and all becomes a record (experiments/flagship.py):

@@ -19,6 +19,7 @@ from puzzle_jax.runs import Run
 from puzzle_jax.store import MANIFEST, StageStore
 
 # Of the rate of matrix products, what the quickstart's stages reach: half of it, where they do not decode.
+_NEAR = 10.0  # how many times another run's FLOPs may differ for its seconds to say anything
 _SHARE, _SHARES = 0.5, {"costs": 0.07, "evaluation": 0.3}
 _EARLIER = "from the seconds that {} took on this hardware, scaled by FLOPs where a stage has any"
 _FLOPS = "from FLOPs at shares of the {:.3g} TFLOP/s that fp32 products reach here: may be off several times"
@@ -105,6 +106,8 @@ def _earlier(root: Path, stage: str, need: Need, hardware: str) -> tuple[float, 
     if bool(record["flops"]) != bool(need.flops):
       continue
     scale = need.flops / record["flops"] if record["flops"] else 1.0
+    if not 1 / _NEAR <= scale <= _NEAR:
+      continue
     return record["timing"]["seconds"] * scale, str(root.parent / path.parent.parent.name)
   return None
 

@@ -94,7 +94,7 @@ def _check_device(run: Run) -> None:
   if run.config.device == "gpu" and found != "gpu":
     raise PuzzleError(
       f"the config {run.config.name} is for a GPU and JAX finds only {found}: {install}; "
-      "--config.device=any runs it here all the same"
+      "--config.device=any (of a study --change.device=any) runs it here all the same"
     )
 
 

@@ -1,5 +1,6 @@
 """The scripts of docs/cluster.md: whole, valid, and what the Slurm one does when a run was preempted."""
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from puzzle_jax import preemption
+from puzzle_jax import pipeline, preemption
 
 PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
 
@@ -61,10 +62,28 @@ def test_the_jobset_starts_as_many_hosts_as_its_mesh_has() -> None:
   axes = [int(a.rpartition("=")[2]) for a in container["command"] if a.startswith("--config.mesh.")]
   assert axes == [8, 8]
   assert devices == 64
+  assert "--stages=library" in container["command"]
+
+
+def test_the_slurm_jobs_have_as_many_hosts_as_their_meshes_and_all_stages() -> None:
   script = shown("puzzle.sbatch")
-  assert [int(n) for n in re.findall(r"--config\.mesh\.\w+=(\d+)", script)] == axes
-  nodes, gpus = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node"))  # type: ignore[index]
-  assert nodes * gpus == devices
+  whole, gpus = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node"))  # type: ignore[index]
+  assert "--config.mesh" not in script
+  jobs, stages = re.findall(r"^submit (.*puzzle\.sbatch.*)$", PAGE, re.MULTILINE), list[str]()
+  for job in jobs:
+    nodes = re.search(r"--nodes=(\d+)", job)
+    axes = [int(n) for n in re.findall(r"--config\.mesh\.\w+=(\d+)", job)]
+    assert math.prod(axes) == gpus * (int(nodes[1]) if nodes else whole), job
+    stages += re.findall(r"--stages=(\S+)", job)[0].split(",")
+  assert sorted(stages) == sorted(stage.name for stage in pipeline.STAGES)
+  order = {name: i for i, name in enumerate(stages)}
+  assert all(order[name] < order[stage.name] for stage in pipeline.STAGES for name in stage.inputs)
+
+
+def test_both_scripts_have_the_settings_that_all_stages_share() -> None:
+  shared = {"bld.layers=8", "activations.window_tokens=15663104", "activations.tier=host"}
+  for name in ("puzzle.sbatch", "puzzle.yaml"):
+    assert shared <= set(re.findall(r"--config\.((?:bld|activations)\.[\w.]+=\w+)", shown(name)))
 
 
 def test_the_jobset_starts_again_when_it_was_preempted() -> None:

@@ -404,6 +404,8 @@ def test_the_plan_says_what_is_to_do_and_why(
   assert library.seconds == pytest.approx(record["timing"]["seconds"] * library.need.flops / record["flops"])
   assert 5 < library.need.flops / record["flops"] < 10
   assert f"from the seconds that {root} took" in str(planned)
+  far = plan.make(dataclasses.replace(config, bld=dataclasses.replace(config.bld, steps=6000)), root)
+  assert "may be off several times" in str(far)  # a thousand times the FLOPs are another matter
   monkeypatch.setattr(jax_timing, "hardware", lambda: "another machine")
   target = dataclasses.replace(longer.costs, hardware=finished.costs.hardware)  # the cost table is not of that machine
   rough = plan.make(dataclasses.replace(longer, costs=target), root.parent / "new")
