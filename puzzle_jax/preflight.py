@@ -1,5 +1,6 @@
 """What is checked before any work of a run: that its config fits the parent, the data at hand and the machine."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Collection
@@ -99,29 +100,35 @@ def _check_device(run: Run) -> None:
 
 
 def _check_texts(run: Run) -> None:
-  """None of the evaluation's may be one that is trained on."""
-  sources = [name for name in run.config.data.sources if name not in (PARENT, STDLIB) and not name.startswith(TFDS)]
-  trained = {file_digest(file): name for name in sources for file in documents.find_files(name)}
-  for pattern in run.config.evaluation.texts:
-    for file in documents.find_files(pattern):
-      if (source := trained.get(file_digest(file))) is not None:
+  """None of the evaluation's may be one that is trained on; what a finished run has read need not be there any more."""
+  texts = [file for pattern in run.config.evaluation.texts for file in documents.find_files(pattern)]
+  sizes = {file.stat().st_size for file in texts}
+  for name in run.config.data.sources:
+    trained: list[Path] = []
+    if texts and name not in (PARENT, STDLIB) and not name.startswith(TFDS):
+      with contextlib.suppress(PuzzleError):
+        trained = [file for file in documents.find_files(name) if file.stat().st_size in sizes]
+    digests = {file_digest(file) for file in trained}
+    for text in texts if digests else ():
+      if file_digest(text) in digests:
         raise PuzzleError(
-          f"evaluation.texts: {file} is of data.source={source!r}, which is trained on; the part of it that is held "
-          "out is measured anyway: leave it out"
+          f"evaluation.texts: {text} is of data.source={name!r}, which is trained on; the part of it that is held out "
+          "is measured anyway: leave it out"
         )
 
 
 def _check_tasks(run: Run) -> None:
   """Their items must be whole, and fit the context."""
   limit, config = run.parent.architecture.config.max_context, run.config
-  if config.data.task:
+  if config.data.task and not run.store("data").done:
     tasks.pack(
       tasks.read_items(config.data.task, limit=config.data.task_items), run.tokenizer, seq_len=config.data.seq_len
     )
   for task in config.evaluation.tasks:
     items = tasks.read_items(task, limit=config.evaluation.task_items or None, targets=True)
-    long = [item for item in items if len((item.context + max(item.choices, key=len)).encode()) > limit]  # no text has
-    for request in tasks.requests(long, run.tokenizer) if long else ():  # more tokens than bytes
+    # No text has more tokens than bytes, so that few items need the tokenizer.
+    long = [item for item in items if max(len((item.context + choice).encode()) for choice in item.choices) > limit]
+    for request in tasks.requests(long, run.tokenizer) if long else ():
       if len(request.ids) > limit + 1:
         raise PuzzleError(
           f"task {task} has an item of {len(request.ids)} tokens, more than the parent's context of {limit}; leave it "
