@@ -130,7 +130,9 @@ class Study:
   def _measure(self, run: Run, text: str) -> dict[str, list[float]]:
     sums = by_block(run.child, run.parent_model, self._texts[text], batch_rows=run.config.evaluation.batch_rows)
     parent = {"nll": sums["parent"], "tokens": sums["tokens"]}
-    self._record["texts"].setdefault(text, parent)
+    before = self._record["texts"].setdefault(text, parent)
+    if before["tokens"] != parent["tokens"] or not np.allclose(before["nll"], parent["nll"], rtol=1e-3):
+      raise PuzzleError(f"{text} is not the text that {self._path} was measured on")
     return sums
 
   def forget(self, arm: str) -> None:

@@ -59,13 +59,13 @@ def difference(
   """
   rng = np.random.default_rng(0)
   change_R = arm_SR.mean(axis=0) - against_SR.mean(axis=0)
-  rows = len(tokens_R)
+  mean, rows = float(change_R.sum() / tokens_R.sum()), len(tokens_R)
+  if noise is not None and not noise.freedom:
+    return Difference(mean, -np.inf, np.inf)
   drawn_SR = rng.multinomial(rows, np.full(rows, 1 / rows), size=_RESAMPLES)
   means = drawn_SR @ change_R / (drawn_SR @ tokens_R)
-  low, high = -np.inf, np.inf
-  if noise is None or noise.freedom:
-    if noise is not None:
-      scale = np.sqrt(noise.variance * (1 / len(arm_SR) + 1 / len(against_SR)))
-      means += scale * rng.standard_t(noise.freedom, size=_RESAMPLES)
-    low, high = np.quantile(means, [0.025, 0.975])
-  return Difference(float(change_R.sum() / tokens_R.sum()), float(low), float(high))
+  if noise is not None:
+    scale = np.sqrt(noise.variance * (1 / len(arm_SR) + 1 / len(against_SR)))
+    means += scale * rng.standard_t(noise.freedom, size=_RESAMPLES)
+  low, high = np.quantile(means, [0.025, 0.975])
+  return Difference(mean, float(low), float(high))

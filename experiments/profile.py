@@ -273,7 +273,6 @@ def main(argv: list[str]) -> None:
   ]  # where vLLM lies is no matter
   described = {"command": shlex.join(["python", "-m", "experiments.profile", *said])}
   described["date"] = datetime.date.today().isoformat()
-  out.parent.mkdir(parents=True, exist_ok=True)
   write_json(out, dataclasses.replace(table, details=described | table.details).to_json())
 
 

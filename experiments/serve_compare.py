@@ -57,9 +57,9 @@ def exports(roots: dict[str, Path]) -> dict[str, Path]:
   workdir = found.workdir
   if not (parent := _PARENT.value or (read_json(workdir / "config.json")["parent"] if workdir else "")):
     raise PuzzleError(f"{_CHILD.value} is of no run: name its parent with --parent")
-  made_of = {"weights": weights.fingerprint(sorted(f for f in found.folder.iterdir() if f.is_file()))}
+  digest = weights.fingerprint(sorted(f for f in found.folder.iterdir() if f.is_file()))
   opened = open_parent(parent)
-  if _is_missing(paths["child"], made_of | {"dtype": _DTYPE.value, "engine": _ENGINE.value}):
+  if _is_missing(paths["child"], {"weights": digest, "dtype": _DTYPE.value, "engine": _ENGINE.value}):
     export(_CHILD.value, paths["child"], dtype=_DTYPE.value, engine=_ENGINE.value)
   if _is_missing(paths["parent"], {"weights": opened.digest, "engine": _ENGINE.value}):
     served.export_parent(opened, paths["parent"], dtype="bfloat16", engine=_ENGINE.value)
@@ -70,7 +70,6 @@ def _is_missing(path: Path, made_of: dict[str, str]) -> bool:
   """Whether an export has to be made; beside it is noted of what. One of something else is refused."""
   note = path.with_suffix(".json")
   if not path.is_dir():
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, made_of)
     return True
   if note.is_file() and read_json(note) != made_of:

@@ -1,6 +1,8 @@
 """The one exception a user sees for bad input: names the value and the remedy."""
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED", "Failed to create llama_context")
+from collections.abc import Collection
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED", "Failed to create llama_context")
 
 
 class PuzzleError(ValueError):
@@ -13,7 +15,7 @@ def check_seed(name: str, seed: int) -> None:
     raise PuzzleError(f"{name}={seed} must be from 0 to {2**32 - 1}")
 
 
-def why_no_memory(error: Exception) -> str:
-  """The line in which an engine says that memory is short; empty: the error is another one."""
-  short = (line for line in str(error).splitlines() if any(sign in line for sign in _NO_MEMORY))
+def why_no_memory(said: str, signs: Collection[str] = NO_MEMORY) -> str:
+  """The line of what an engine said in which memory is short; empty: it is about something else."""
+  short = (line for line in said.splitlines() if any(sign in line for sign in signs))
   return next(short, "").strip()[:300]

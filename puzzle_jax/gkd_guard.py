@@ -88,14 +88,13 @@ def drop_damaged(folder: Path, progress: Progress) -> None:
 
   One that is newer than what was noted was whole, since orbax renames last, when the run was killed before the note.
   """
-  noted = True
   try:
     known = read_json(_checksums(folder)) if _checksums(folder).exists() else {}
+    newest: float = max(map(int, known), default=-1)
   except CorruptFileError:
-    known, noted = {}, False
-  newest = max(map(int, known), default=-1)
+    known, newest = {}, math.inf  # what came later cannot be told
   for checkpoint in folder.glob("[0-9]*"):
-    if noted and checkpoint.name.isdigit() and int(checkpoint.name) > newest:
+    if checkpoint.name.isdigit() and int(checkpoint.name) > newest:
       note_checksums(folder, checkpoint.name)
     elif file_digests(checkpoint) != known.get(checkpoint.name):
       progress.say(f"gkd: the checkpoint {checkpoint} is damaged or was not finished; its steps are done again")

@@ -18,8 +18,8 @@ from puzzle_jax.needs import Need, needs
 from puzzle_jax.runs import Run
 from puzzle_jax.store import MANIFEST, StageStore
 
-# Of the rate of matrix products, what the quickstart's stages reach: half of it, where they do not decode.
 _NEAR = 10.0  # how many times another run's FLOPs may differ for its seconds to say anything
+# Of the rate of matrix products, what the quickstart's stages reach: half of it, where they do not decode.
 _SHARE, _SHARES = 0.5, {"costs": 0.07, "evaluation": 0.3}
 _EARLIER = "from the seconds that {} took on this hardware, scaled by FLOPs where a stage has any"
 _FLOPS = "from FLOPs at shares of the {:.3g} TFLOP/s that fp32 products reach here: may be off several times"

@@ -11,7 +11,6 @@ import jax
 from puzzle_jax import mesh
 from puzzle_jax.costs import CostTable, check_target, jax_timing, other_version
 from puzzle_jax.data import documents
-from puzzle_jax.data.documents import STDLIB, TFDS
 from puzzle_jax.data.sampling import PARENT
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import tasks
@@ -101,16 +100,15 @@ def _check_device(run: Run) -> None:
 
 def _check_texts(run: Run) -> None:
   """None of the evaluation's may be one that is trained on; what a finished run has read need not be there any more."""
-  texts = [file for pattern in run.config.evaluation.texts for file in documents.find_files(pattern)]
-  sizes = {file.stat().st_size for file in texts}
+  found = [file for pattern in run.config.evaluation.texts for file in documents.find_files(pattern)]
+  texts, sizes = {file_digest(file): file for file in found}, {file.stat().st_size for file in found}
   for name in run.config.data.sources:
     trained: list[Path] = []
-    if texts and name not in (PARENT, STDLIB) and not name.startswith(TFDS):
+    if name != PARENT and documents.of_files(name):
       with contextlib.suppress(PuzzleError):
-        trained = [file for file in documents.find_files(name) if file.stat().st_size in sizes]
-    digests = {file_digest(file) for file in trained}
-    for text in texts if digests else ():
-      if file_digest(text) in digests:
+        trained = documents.find_files(name)
+    for file in trained:
+      if file.stat().st_size in sizes and (text := texts.get(file_digest(file))) is not None:
         raise PuzzleError(
           f"evaluation.texts: {text} is of data.source={name!r}, which is trained on; the part of it that is held out "
           "is measured anyway: leave it out"
@@ -125,7 +123,7 @@ def _check_tasks(run: Run) -> None:
       tasks.read_items(config.data.task, limit=config.data.task_items), run.tokenizer, seq_len=config.data.seq_len
     )
   for task in config.evaluation.tasks:
-    items = tasks.read_items(task, limit=config.evaluation.task_items or None, targets=True)
+    items = tasks.read_items(task, targets=True)[: config.evaluation.task_items or None]
     # No text has more tokens than bytes, so that few items need the tokenizer.
     long = [item for item in items if max(len((item.context + choice).encode()) for choice in item.choices) > limit]
     for request in tasks.requests(long, run.tokenizer) if long else ():

@@ -67,7 +67,7 @@ def test_the_jobset_starts_as_many_hosts_as_its_mesh_has() -> None:
 
 def test_the_slurm_jobs_have_as_many_hosts_as_their_meshes_and_all_stages() -> None:
   script = shown("puzzle.sbatch")
-  whole, gpus = (int(re.search(rf"--{name}=(\d+)", script)[1]) for name in ("nodes", "gpus-per-node"))  # type: ignore[index]
+  whole, gpus = (int(re.findall(rf"--{name}=(\d+)", script)[0]) for name in ("nodes", "gpus-per-node"))
   assert "--config.mesh" not in script
   jobs, stages = re.findall(r"^submit (.*puzzle\.sbatch.*)$", PAGE, re.MULTILINE), list[str]()
   for job in jobs:

@@ -63,8 +63,10 @@ def write_child(run: Run, changed: Mapping[int, str], folder: Path) -> None:
         made[spec.slot] = surgery.from_parent(
           spec, before, weights[spec.slot], config=config, channel_mean=none, truncate=False
         )
+      elif spec == before:
+        made[spec.slot] = weights[spec.slot]
       else:
-        made[spec.slot] = weights[spec.slot] if spec == before else library[spec.id] if spec.tensors(config) else {}
+        made[spec.slot] = library[spec.id] if spec.tensors(config) else {}
     return made
 
   folder.mkdir()

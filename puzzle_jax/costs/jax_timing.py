@@ -159,25 +159,29 @@ def measure(
   costs: dict[str, dict[str, dict[str, dict[str, float]]]] = {s.id: {} for s in subblocks}
   fixed: dict[str, dict[str, dict[str, float]]] = {}
   details: dict[str, Any] = {"timing": dataclasses.asdict(config), "points": [], "unreachable": []}
+
+  def programs(scenario: Scenario, batch: int) -> dict[Any, tuple[_Program, int]]:
+    found: dict[Any, tuple[_Program, int]] = {}
+    for spec, depth in models:
+      found |= _programs_of(
+        (spec, depth),
+        dataclasses.replace(parent, blocks=(spec,) * depth),
+        weights.params(spec, depth),
+        scenario=scenario,
+        batch=batch,
+        steps=config.decode_steps,
+        context_too=depth == config.layers and spec in (base, without_attention),
+      )
+    return found
+
   total = len(scenarios) * len(batches) * (2 * len(models) + 2) * (config.rounds + 1)
   with progress.bar("costs", total=total, unit="timing") as bar:
     for scenario in scenarios:
       for batch in batches:
-        programs: dict[Any, tuple[_Program, int]] = {}
         try:
-          for spec, depth in models:
-            programs |= _programs_of(
-              (spec, depth),
-              dataclasses.replace(parent, blocks=(spec,) * depth),
-              weights.params(spec, depth),
-              scenario=scenario,
-              batch=batch,
-              steps=config.decode_steps,
-              context_too=depth == config.layers and spec in (base, without_attention),
-            )
-          timed = _time(programs, config.rounds, bar.update)
+          timed = _time(programs(scenario, batch), config.rounds, bar.update)
         except jax.errors.JaxRuntimeError as e:
-          if not (why := why_no_memory(e)):
+          if not (why := why_no_memory(str(e))):
             raise
           details["unreachable"].append({"scenario": scenario.name, "batch": batch, "why": why})
           continue

@@ -23,7 +23,7 @@ from puzzle_jax.data import builders, stdlib
 from puzzle_jax.errors import PuzzleError
 
 STDLIB = "stdlib"
-TFDS = "tfds:"
+_TFDS = "tfds:"
 _READ_TOGETHER = 1024  # four times as fast as one by one
 
 
@@ -77,8 +77,8 @@ def load_documents(
     made_by = store.digest([platform.python_version(), store.file_digest(Path(stdlib.__file__))])
     rows = builders.read_prepared(builders.StandardLibraryText(data_dir=data_dir / made_by[:16]), quiet=True)
     text_field = "text"
-  elif source.startswith(TFDS):
-    rows, text_field = _registered(source.removeprefix(TFDS), data_dir, text_field)
+  elif source.startswith(_TFDS):
+    rows, text_field = _registered(source.removeprefix(_TFDS), data_dir, text_field)
   else:
     paths = find_files(source)
     files = tuple(SourceFile(path.name, store.file_digest(path)) for path in paths)
@@ -86,6 +86,11 @@ def load_documents(
     builder = builders.TextFiles(data_dir=data_dir / made_from[:16], paths=paths, text_field=text_field)
     rows, text_field = builders.read_prepared(builder, quiet=True), "text"
   return split(source, rows, heldout_fraction=heldout_fraction, text_field=text_field, files=files)
+
+
+def of_files(source: str) -> bool:
+  """Whether a source of `load_documents` names files."""
+  return source != STDLIB and not source.startswith(_TFDS)
 
 
 def find_files(pattern: str) -> list[Path]:

@@ -62,7 +62,8 @@ def pack_sets(
     part: {name: rows_by_share(n // seq_len, shares[part]) for name, n in tokens.items()}
     for part, tokens in amounts.items()
   }
-  pieces: dict[str, dict[int, PackedText]] = {name: {} for tokens in amounts.values() for name in tokens}
+  asked = {name: rows for count in counts.values() for name, rows in count.items()}
+  pieces: dict[str, dict[int, PackedText]] = {name: {} for name in asked}
   for i, source in sources:
     for part, count in counts.items():
       if not (total := sum(rows[i] for rows in count.values())):
@@ -76,7 +77,7 @@ def pack_sets(
         pieces[name][i] = packed.rows(slice(start, start + rows[i]))
         start += rows[i]
   made = {}
-  for name, rows_by_source in ((name, rows) for count in counts.values() for name, rows in count.items()):
+  for name, rows_by_source in asked.items():
     parts = [piece for _, piece in sorted(pieces[name].items())]
     packed = PackedText(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     if name in shuffled and len(rows_by_source) > 1:

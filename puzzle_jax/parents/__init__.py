@@ -55,6 +55,11 @@ class Parent(StoredModel):
     return Tokenizer.from_folder(self.path)
 
 
+def is_gguf(source: str) -> bool:
+  """Whether `open_parent` reads a GGUF file for it."""
+  return source == EMBEDDED or Path(source).suffix == ".gguf"
+
+
 def open_parent(source: str) -> Parent:
   """Opens a parent: configuration and names and shapes of all tensors are checked, no tensor is read.
 

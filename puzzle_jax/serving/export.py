@@ -6,7 +6,7 @@ from pathlib import Path
 
 from puzzle_jax import checkpoint
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.parents import EMBEDDED, open_parent
+from puzzle_jax.parents import is_gguf, open_parent
 from puzzle_jax.parents.gguf import GGUFFile
 from puzzle_jax.serving import engines, gguf_export, hf_export, model_card
 from puzzle_jax.store import StageStore, read_json
@@ -94,7 +94,7 @@ def export(
     return
   if not parent and found.workdir is not None:
     own = read_json(found.workdir / "config.json")["parent"]
-    parent = own if own == EMBEDDED or own.endswith(".gguf") else ""  # of others the child has the tokenizer
+    parent = own if is_gguf(own) else ""  # of others the child has the tokenizer
   weights = open_parent(parent).weights if parent else None
   source = weights if isinstance(weights, GGUFFile) else None
   gguf_export.export_gguf(found.folder, out, dtype=dtype, engine=engine, parent=source)

@@ -104,7 +104,7 @@ def measure(
         try:
           seconds[scenario.name] = _rounds(files, scenario, config, bar.update)
         except (ValueError, RuntimeError) as e:
-          if not (why := why_no_memory(e)):
+          if not (why := why_no_memory(str(e))):
             raise
           unreachable.append({"scenario": scenario.name, "batch": 1, "why": why})
   if not seconds:

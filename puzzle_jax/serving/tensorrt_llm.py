@@ -108,8 +108,7 @@ def bench(model: Path, scenario: Scenario, *, batch: int, ranks: int, log: Path,
   try:
     return parse_report(ended.stdout)
   except PuzzleError as e:
-    short = filter(None, (why_no_memory(ValueError(line)) for line in ended.stdout.splitlines()))
-    raise PuzzleError(next(short, str(e))) from e
+    raise PuzzleError(why_no_memory(ended.stdout) or str(e)) from e
 
 
 def serve(

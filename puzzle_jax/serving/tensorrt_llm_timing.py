@@ -95,7 +95,7 @@ def measure(
             try:
               figures = tensorrt_llm.bench(exported, scenario, batch=batch, ranks=config.ranks, log=log, keep=True)
             except PuzzleError as e:
-              if not (why := why_no_memory(e)):
+              if not (why := why_no_memory(str(e))):
                 raise
               unreachable.append({"scenario": scenario.name, "batch": batch, "models": [name], "why": why})
               points.remove((scenario, batch))

@@ -40,7 +40,7 @@ def serve(
           try:
             figures[scenario.name][str(batch)] = _figures(model, scenario, batch, rounds)
           except RuntimeError as e:
-            if not why_no_memory(e):
+            if not why_no_memory(str(e)):
               raise
             torch.cuda.empty_cache()
           bar.update()

@@ -95,7 +95,7 @@ def measure(
         try:
           rounds = _rounds(whole, weights, scenario, batch, config, bar.update)
         except RuntimeError as e:
-          if not (why := why_no_memory(e).split(". ")[0]):
+          if not (why := why_no_memory(str(e)).split(". ")[0]):
             raise
           torch.cuda.empty_cache()
           details["unreachable"].append({"scenario": scenario.name, "batch": batch, "why": why})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, why_no_memory
 from puzzle_jax.store import digest, write_json
 
 TESTED = "0.25.1"
@@ -155,18 +155,18 @@ def measure(
     code = _run([engine.python, "-P", str(_WORKER), str(job)], log, _environment(engine), look)
     if seen == len(points) or (code < 0 and seen > before):  # killed, and got on: the next goes on behind it
       continue
-    said = log.read_text(errors="replace").splitlines()
+    text = log.read_text(errors="replace")
+    said = text.splitlines()
     if any(_TAKEN in line for line in said) and (tries := tries + 1) < _TRIES:
       time.sleep(_WAIT_S)
       continue
-    short = next((line for line in said if any(sign in line for sign in _NO_MEMORY)), "")
-    if not short:
+    if not (short := why_no_memory(text, _NO_MEMORY)):
       raise PuzzleError(_explained(said, code, log))
     done = [line["point"] for line in _lines(results, points)]
     missing = [p for p in points if p not in done]
     with results.open("a") as lost:  # the point at which memory ran short; all where the model did not even load
       for point in missing[:1] if _starts(results) > starts else missing:
-        print(json.dumps({"point": point, "unreachable": short.strip()[:300]}), file=lost)
+        print(json.dumps({"point": point, "unreachable": short}), file=lost)
     look()
   loads, lines = [line["engine"] for line in _read(results) if "engine" in line], _lines(results, points)
   wall_s = sum(e["load_s"] for e in loads) + sum(line.get("wall_s", 0.0) for line in lines)

@@ -39,7 +39,6 @@ from puzzle_jax.serving.by_difference import HOST_SHARE, PHASES, Differences
 from puzzle_jax.serving.vllm_process import VLLM, Measured, Point
 from puzzle_jax.space import Space
 
-_WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a value; embedding and head stay in bfloat16 beside 8-bit matrices
 _KV_BYTES = 2  # of a value in vLLM's cache: the model's bfloat16
 SETTLE = 4  # steps of a batch before those that are timed
 _SHORT = 128  # tokens of a short answer at most
@@ -189,6 +188,7 @@ def measure(
   if not parts:
     raise PuzzleError(f"vLLM reached none of the scenarios at any batch: {unreachable[0]['why']}; take smaller ones")
   costs, fixed = by_difference.cost_tables(parts)
+  width = 4 if plan.config.dtype == "float32" else 2  # of embedding and head beside 8-bit matrices, too
   details: dict[str, Any] = {
     "timing": dataclasses.asdict(plan.config),
     "engine": about,
@@ -205,8 +205,8 @@ def measure(
     backend="vllm",
     hardware=about["hardware"],
     versions={"vllm": about["version"], "python": about["python"]},
-    bytes_per_value=1 if (small := plan.config.dtype in fp8.ALGORITHMS) else _WIDTHS[plan.config.dtype],
-    head_bytes=head_bytes(parent, engine="vllm", width=2 if small else _WIDTHS[plan.config.dtype]),
+    bytes_per_value=1 if plan.config.dtype in fp8.ALGORITHMS else width,
+    head_bytes=head_bytes(parent, engine="vllm", width=width),
     scenarios=tuple(s for s in plan.scenarios if s.name in parts),
     subblocks=costs,
     fixed=fixed,
