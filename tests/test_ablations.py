@@ -221,6 +221,7 @@ def flagship_config(parent: Path, folder: Path, speedup: float) -> RunConfig:
   (folder / "other.txt").write_text("The sea is wide and blue. " * 40)
   (folder / "sea.jsonl").write_text('{"context": "a", "choices": [" b", " c"], "answer": 1}\n' * 6)
   values = flagship.get_config()
+  values.data.shares = (3.0, 1.0)
   values.bld.fit_tokens, values.data.heldout_fraction, values.gkd.eval_steps = 256, 0.5, 0
   values.data.sampling.update({"kinds": ("start",), "max_tokens": 96, "batch_rows": 4, "dtype": "float32"})
   values.search.limits.min_speedup, values.search.frontier, values.search.scenario = speedup, (), "32/32"
@@ -259,7 +260,7 @@ def test_the_flagship_at_a_tiny_size(tmp_path, monkeypatch):
   assert not any("linear" in block for block in run.solution["blocks"])
   assert run.solution["blocks"][0].startswith("gqa")
   data = run.store("data").get_json("data.json")
-  assert [source["rows"]["gkd"] for source in data["sources"]] == [6, 2]  # of eight, 4 to 1
+  assert [source["rows"]["gkd"] for source in data["sources"]] == [6, 2]
   assert [source["rows"]["eval"] for source in data["sources"]] == [8, 8]
   config = flagship_config(parent, tmp_path, 1.25)
   puzzle_jax.run(config, bare, stages=ablations.SHARED, reuse=whole, quiet=True)
@@ -270,7 +271,7 @@ def test_the_flagship_at_a_tiny_size(tmp_path, monkeypatch):
   slow, fast = record["children"]
   assert [child["target"] for child in (slow, fast)] == [1.25, 1.5]
   assert not slow.keys() & {"served", "heldout", "tasks", "texts", "samples"}
-  assert slow["speed"]["32/32"]["1"]["predicted_speedup"] >= 1.25 * 1.03
+  assert slow["speed"]["32/32"]["1"]["predicted_speedup"] >= 1.25 * (1 + config.search.margin)
   assert fast["blocks"] == list(run.solution["blocks"])
   speed = fast["speed"]["32/32"]["1"]
   assert speed["speedup"] == pytest.approx(1.6)

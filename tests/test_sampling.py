@@ -41,7 +41,7 @@ def parent(model):
 
 @pytest.fixture(scope="module")
 def written(parent):
-  return Sampler(parent, CONFIG, TEXTS, seed=3).write(0, 12)
+  return Sampler(parent, CONFIG, [TEXTS], seed=3).write(0, 12)
 
 
 def test_each_kind_begins_as_it_should(parent, written):
@@ -61,9 +61,22 @@ def test_each_kind_begins_as_it_should(parent, written):
   assert len(set(written)) == 12
 
 
+def test_each_source_of_prompts_is_taken_as_often_as_the_others(parent):
+  many, one = [f"{10 + i} apples on a table" for i in range(30)], ["other text begins so"]
+  texts = Sampler(parent, dataclasses.replace(CONFIG, kinds=("text",)), [many, one], seed=3).write(0, 24)
+  beginnings = [text[:4] for text in texts]
+  assert 6 <= beginnings.count("othe") <= 18
+  assert {b for b in beginnings if b != "othe"} <= {text[:4] for text in many}
+
+
+def test_kinds_named_twice_come_twice_as_often(parent):
+  texts = Sampler(parent, dataclasses.replace(CONFIG, kinds=("chat", "text", "chat")), [TEXTS], seed=3).write(0, 6)
+  assert [text.startswith("user: ") for text in texts] == [True, False, True] * 2
+
+
 def test_documents_are_the_same_in_other_parts(parent, written):
-  assert Sampler(parent, CONFIG, TEXTS, seed=3).write(4, 5) == written[4:9]
-  assert not set(Sampler(parent, CONFIG, TEXTS, seed=4).write(4, 5)) & set(written)
+  assert Sampler(parent, CONFIG, [TEXTS], seed=3).write(4, 5) == written[4:9]
+  assert not set(Sampler(parent, CONFIG, [TEXTS], seed=4).write(4, 5)) & set(written)
 
 
 def test_sigterm_does_not_wait_until_all_is_written(parent, listening, monkeypatch):
@@ -74,7 +87,7 @@ def test_sigterm_does_not_wait_until_all_is_written(parent, listening, monkeypat
 
   monkeypatch.setattr(sampling.generation, "generate", endless)
   with pytest.raises(preemption.PreemptedError):
-    Sampler(parent, CONFIG, TEXTS, seed=3).write(0, 3)
+    Sampler(parent, CONFIG, [TEXTS], seed=3).write(0, 3)
 
 
 def test_all_devices_write(folder):
@@ -83,19 +96,19 @@ import json
 from puzzle_jax.data.sampling import Sampler, SamplingConfig
 from puzzle_jax.model.language_model import LanguageModel
 parent = LanguageModel.open({str(folder)!r})
-print(json.dumps(Sampler(parent, SamplingConfig(max_tokens=96, batch_rows=2), {TEXTS}, seed=3).write(0, 12)))
+print(json.dumps(Sampler(parent, SamplingConfig(max_tokens=96, batch_rows=2), [{TEXTS}], seed=3).write(0, 12)))
 """
-  alone = Sampler(LanguageModel.open(folder), dataclasses.replace(CONFIG, max_tokens=96), TEXTS, seed=3).write(0, 12)
+  alone = Sampler(LanguageModel.open(folder), dataclasses.replace(CONFIG, max_tokens=96), [TEXTS], seed=3).write(0, 12)
   assert eight_devices.run(program) == alone
 
 
 def test_without_a_template_there_is_no_chat(parent, written):
   plain = dataclasses.replace(parent, tokenizer=dataclasses.replace(parent.tokenizer, chat_template=None))
-  texts = Sampler(plain, CONFIG, TEXTS, seed=3).write(0, 4)
+  texts = Sampler(plain, CONFIG, [TEXTS], seed=3).write(0, 4)
   assert texts[:2] == written[:2]
   assert not any(text.startswith("user: ") for text in texts)
   with pytest.raises(PuzzleError, match="the parent has no chat template"):
-    Sampler(plain, dataclasses.replace(CONFIG, kinds=("chat",)), TEXTS, seed=3)
+    Sampler(plain, dataclasses.replace(CONFIG, kinds=("chat",)), [TEXTS], seed=3)
 
 
 class Scripted:
@@ -228,7 +241,8 @@ def test_the_data_stage_mixes_the_parents_text_with_a_file(folder, tmp_path, mon
     ({"kinds": ("start", "poem")}, "must name some of start, text, chat"),
     ({"kinds": ()}, "must name some of"),
     ({"temperatures": (0.0, 1.0)}, "must be above 0"),
-    ({"prompts": "parent"}, "cannot be"),
+    ({"prompts": "stdlib,parent"}, "must name texts that begin the parent's documents"),
+    ({"prompts": "stdlib,"}, "must name texts that begin the parent's documents"),
     ({"max_tokens": 64}, "must be at least 96"),
     ({"dtype": "float16"}, "is not one of float32, bfloat16"),
   ],

@@ -40,9 +40,11 @@ class SamplingConfig:
   """How the parent writes text (the source `parent`).
 
   Attributes:
-    kinds: of prompts, in turn; `KINDS`. `chat` is left out where the parent has no chat template.
+    kinds: of prompts, in turn; `KINDS`, some of them several times where more of them are wanted. `chat` is left out
+      where the parent has no chat template.
     temperatures: in turn.
-    prompts: another source (`DataConfig.source`), the paragraphs of whose documents `text` begins with.
+    prompts: other sources, as in `DataConfig.source`, the paragraphs of whose documents `text` begins with; each is
+      taken as often as the others.
     max_tokens: longest document.
     batch_rows: documents that a device writes at once.
     dtype: of weights, matrix products and KV cache.
@@ -56,6 +58,11 @@ class SamplingConfig:
   dtype: str = "float32"
 
   @property
+  def sources(self) -> tuple[str, ...]:
+    """Of `prompts`, one by one."""
+    return tuple(name.strip() for name in self.prompts.split(","))
+
+  @property
   def part_documents(self) -> int:
     """Documents that are saved together: enough for the batch to be full most of the time."""
     return 8 * self.batch_rows
@@ -65,8 +72,10 @@ class SamplingConfig:
       raise PuzzleError(f"data.sampling.kinds={self.kinds} must name some of {', '.join(KINDS)}")
     if not self.temperatures or min(self.temperatures) <= 0:
       raise PuzzleError(f"data.sampling.temperatures={self.temperatures} must be above 0: at 0 all texts are alike")
-    if self.prompts == PARENT:
-      raise PuzzleError("data.sampling.prompts='parent' cannot be: name the text that begins the parent's documents")
+    if PARENT in self.sources or not all(self.sources):
+      raise PuzzleError(
+        f"data.sampling.prompts={self.prompts!r} must name texts that begin the parent's documents, separated by commas"
+      )
     if self.max_tokens < 4 * _MOST:
       raise PuzzleError(f"data.sampling.max_tokens={self.max_tokens} must be at least {4 * _MOST}")
     if self.batch_rows < 1:
@@ -81,11 +90,11 @@ class Sampler:
   Args:
     model: the parent.
     config: how.
-    texts: whose paragraphs begin documents of the kind `text`.
+    texts: of each source, those whose paragraphs begin documents of the kind `text`.
     seed: of everything.
   """
 
-  def __init__(self, model: LanguageModel, config: SamplingConfig, texts: Sequence[str], *, seed: int):
+  def __init__(self, model: LanguageModel, config: SamplingConfig, texts: Sequence[Sequence[str]], *, seed: int):
     self._architecture, self._tokenizer, self._config, self._seed = model.architecture, model.tokenizer, config, seed
     params = jax.tree.map(lambda w: w.astype(jnp.dtype(config.dtype)), model.params)
     self._params = {device: jax.device_put(params, device) for device in jax.local_devices()}
@@ -161,7 +170,8 @@ class Sampler:
   def _words(self, number: int) -> list[int]:
     """The first words of some paragraph."""
     rng = np.random.default_rng((self._seed, number))
-    text = self._texts[int(rng.integers(len(self._texts)))]
+    texts = self._texts[int(rng.integers(len(self._texts)))]
+    text = texts[int(rng.integers(len(texts)))]
     paragraphs = [line.strip() for line in text.split("\n") if len(line.split()) >= _LEAST] or [text.strip()]
     words = self._tokenizer.encode(paragraphs[int(rng.integers(len(paragraphs)))], add_special=False)
     return self._start * self._added + words[: int(rng.integers(_LEAST, _MOST + 1))]
