@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
           dtype="bfloat16",
         ),
       ),
-      activations=ActivationsConfig(batch_rows=16, attention="fast"),
+      activations=ActivationsConfig(batch_rows=16),
       # Without layers that have no FFN, a child runs in llama.cpp, too.
       space=SpaceConfig(ffn=(0.75, 0.5, 0.25, 0.1), engine="vllm"),
       bld=BLDConfig(fit_tokens=131_072, steps=192, batch_rows=8, learning_rate=5e-4, warmup_steps=20, dtype="bfloat16"),
@@ -110,14 +110,13 @@ def get_config() -> ml_collections.ConfigDict:
         scenario=SCENARIO,
       ),
       gkd=GKDConfig(
-        steps=3000,
+        steps=3600,
         batch_rows=16,
         learning_rate=2e-3,
         warmup_steps=100,
-        eval_steps=750,
-        checkpoint_steps=1500,
+        eval_steps=900,
+        checkpoint_steps=1800,
         dtype="bfloat16",
-        attention="fast",
         remat=False,
       ),
       evaluation=EvaluationConfig(

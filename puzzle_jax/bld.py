@@ -9,13 +9,14 @@ The loss compares what the blocks *add* to the residual stream, in fp32. "paper"
 mean square of the parent's output; there the few sink tokens with massive activations make up nearly all of the
 normaliser. "delta" (default) normalises by what the parent's block adds, and caps the weight of sinks (`targets`).
 
-Neighbouring layers of one shape are trained side by side under `vmap`: every array here has a leading axis G.
+Neighbouring layers of one shape can be trained side by side under `vmap`: every array here has a leading axis G.
 """
 
 import dataclasses
 import fnmatch
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,11 @@ from puzzle_jax.activations import Batch
 from puzzle_jax.arch import BlockSpec, ModelConfig, Subblock
 from puzzle_jax.errors import PuzzleError, check_seed
 from puzzle_jax.model import subblocks
+from puzzle_jax.model.subblocks import Context
 from puzzle_jax.space import LayerSpace
 from puzzle_jax.targets import Weights, mean_square, parent_deltas, token_weights
+
+_T = TypeVar("_T")
 
 LOSSES = ("delta", "paper")
 DTYPES = ("float32", "bfloat16")
@@ -280,11 +284,21 @@ def evaluate_batch(
 ) -> dict[str, dict[str, jax.Array]]:
   """Both losses of every job on one batch, x [G, B, T, D]: [G] each."""
 
-  def layer(parent: Weights, weights: JobWeights, x: jax.Array, scale: Any) -> dict[str, dict[str, jax.Array]]:
-    against = _against(spec, config, parent, batch._replace(x=x), scale)
+  def layer(
+    context: Context, parent: Weights, weights: JobWeights, x: jax.Array, scale: Any
+  ) -> dict[str, dict[str, jax.Array]]:
+    against = _against(spec, config, parent, batch._replace(x=x, context=context), scale)
     return {job.name: _losses(job, config, parent, weights[job.name], against) for job in jobs}
 
-  return jax.vmap(layer)(parent, weights, batch.x, scale)
+  return _side_by_side(layer, batch.context, parent, weights, batch.x, scale)
+
+
+def _side_by_side(layer: Callable[..., _T], context: Context, *trees: Any) -> _T:
+  """`layer` of the context and each of G layers' trees, [G, …]; one alone is not mapped."""
+  if jax.tree.leaves(trees)[0].shape[0] > 1:
+    return jax.vmap(functools.partial(layer, dataclasses.replace(context, mapped=True)))(*trees)
+  made = layer(context, *jax.tree.map(lambda leaf: leaf[0], trees))
+  return jax.tree.map(lambda leaf: leaf[None], made)
 
 
 def train_step(
@@ -314,12 +328,11 @@ def train_step(
   Returns:
     The weights, the states, and the loss of each job, [G].
   """
-  batch = batch._replace(context=dataclasses.replace(batch.context, dtype=jnp.dtype(settings.dtype)))
 
   def layer(
-    parent: Weights, trained: JobWeights, states: dict[str, Any], x: jax.Array, scale: Any
+    context: Context, parent: Weights, trained: JobWeights, states: dict[str, Any], x: jax.Array, scale: Any
   ) -> tuple[JobWeights, dict[str, Any], dict[str, jax.Array]]:
-    against = _against(spec, config, parent, batch._replace(x=x), scale)
+    against = _against(spec, config, parent, batch._replace(x=x, context=context), scale)
     new_trained, new_states, losses = {}, {}, {}
     for job in jobs:
 
@@ -339,7 +352,8 @@ def train_step(
       losses[job.name] = loss
     return new_trained, new_states, losses
 
-  return jax.vmap(layer)(parent, trained, states, batch.x, scale)
+  context = dataclasses.replace(batch.context, dtype=jnp.dtype(settings.dtype))
+  return _side_by_side(layer, context, parent, trained, states, batch.x, scale)
 
 
 def init_states(settings: BLDConfig, trained: JobWeights) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class GKDConfig:
     teacher: "online", or "cached": the parent's `kl_top_k` likeliest tokens are written to the work directory before
       the first step and read from there. The cosine needs the parent's hidden states, which are not.
     start: "child", or "random" weights in its architecture, to see what the block library is worth.
-    attention: "exact" keeps the documents of a row apart, "fast" does not, as flash attention needs it; in both models.
+    attention: "exact" keeps the documents of a row apart, by a mask; "fast" does not, and reads none; in both models.
     parent: "sharded" over the mesh as the child is, or "whole" on every device: faster where it fits.
     remat: recompute the whole inside of each block in the backward pass, not only what is cheap: less memory for a
       third more work.

@@ -29,7 +29,7 @@ class ActivationsConfig:
   Attributes:
     batch_rows: rows of a forward pass over held-out tokens.
     dtype: of what is stored for training: float32, bfloat16, or float8 with a scale a token.
-    attention: for training, "exact" keeps the documents of a row apart; "fast" does not, as flash attention needs it.
+    attention: for training, "exact" keeps the documents of a row apart, by a mask; "fast" does not, and reads none.
     window_tokens: training tokens that are stored at once; 0: all.
     tier: where: device, host or disk; auto: the first that holds them.
     location: folder or bucket (gs://…, s3://…) of the disk tier; empty: the work directory.

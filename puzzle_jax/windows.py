@@ -286,8 +286,7 @@ class Window:
     mesh: the devices.
     tier: where they lie.
     shape: of a layer's input there.
-    attention: "exact" keeps documents of a row apart by a mask; "fast" lets a row be one document, as flash attention
-      needs it.
+    attention: "exact" keeps documents of a row apart by a mask; "fast" lets a row be one document.
     dtype: of the matrix products of the parent's forward pass.
   """
 

@@ -1,5 +1,6 @@
 """The decoder against Transformers, and against itself in every form in which it runs."""
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -18,7 +19,7 @@ from puzzle_jax import data, parents
 from puzzle_jax.arch import Architecture, BlockSpec
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluation import quality
-from puzzle_jax.model import decoder
+from puzzle_jax.model import decoder, subblocks
 from puzzle_jax.model.language_model import LanguageModel, to_device
 
 MIXED = ("gqa4/w48", "gqa4/w48", "gqa2/linear", "linear/none", "none/w16")
@@ -196,6 +197,31 @@ def test_packed_documents_are_documents_alone(model, packed, form):
     for document in set(rows.segment_ids[row]) - {0}:
       (here,) = np.nonzero(rows.segment_ids[row] == document)
       close(together[row, here], apply(architecture, params, rows.tokens[row, here][None]).hidden_BTD[0])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_flash_attention_keeps_documents_apart_by_a_mask(model, packed, monkeypatch, mapped):
+  """As the blocks of dense products do, on real tokens; under `vmap` these stay. cuDNN itself is stood in for."""
+  architecture, params = model("gqa2/w16", "gqa1/w48")
+  called = []
+
+  def cudnn(*args: Any, implementation: str, attention: Any = jax.nn.dot_product_attention, **options: Any) -> Any:
+    called.append(implementation)
+    return attention(*args, **options)
+
+  def hidden() -> jax.Array:
+    spec, block = architecture.config, params["layers"][0]
+    context = decoder.context_of(spec, packed.positions, segments_BT=packed.segment_ids)
+    context = dataclasses.replace(context, mapped=mapped)
+    x = jnp.take(params["embed"], packed.tokens, axis=0)
+    return subblocks.apply(architecture.blocks[0].attention, spec, block["attention"], x, context=context)[0]
+
+  dense = hidden()
+  monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+  monkeypatch.setattr(subblocks, "_has_flash", lambda dtype: True)
+  real = packed.segment_ids > 0
+  close(hidden()[real], dense[real])
+  assert set(called) == ({"xla"} if mapped else {"cudnn"})
 
 
 @pytest.mark.parametrize("packed_row", [False, True])

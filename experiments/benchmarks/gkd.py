@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.gkd --shapes=smollm2        (one H100)
 
 The child has the shapes of the parent, the most work there can be, and other random weights; the parent runs online.
-Rows are one document each, bf16 products, fp32 weights and losses (cosine + KL). The peer does the same in PyTorch:
-torch.compile, flash attention, fused AdamW, the KL by chunks of tokens that are computed again in the backward pass.
+Rows are one document each (in `jax_documents` eight, which do not see each other), bf16 products, fp32 weights and
+losses (cosine + KL). The peer does the first in PyTorch: torch.compile, flash attention, fused AdamW, the KL by chunks
+of tokens that are computed again in the backward pass.
 Each side runs in a process of its own. Both are counted by the FLOPs that are needed (`puzzle_jax.flops`). Writes
 experiments/results/gkd_SHAPES.json.
 """
@@ -26,7 +27,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the
 _REMAT = flags.DEFINE_bool("remat", False, "Compute the inside of each block again in the backward pass, here.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed in a row.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "The fastest counts.")
-_SIDES = flags.DEFINE_list("sides", ["jax", "torch"], "What to run.")
+_SIDES = flags.DEFINE_list("sides", ["jax", "jax_documents", "torch"], "What to run.")
 _SIDE = flags.DEFINE_string("side", "", "Run one side in this process and print its figures as JSON.")
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,8 +75,8 @@ def random_tokens(model: Architecture) -> np.ndarray:
   return np.random.default_rng(2).integers(model.config.vocab_size, size=shape, dtype=np.int32)
 
 
-def run_jax() -> sides.Figures:
-  """This project's step."""
+def run_jax(documents: int = 1) -> sides.Figures:
+  """This project's step, on rows of so many documents."""
   import jax
 
   from puzzle_jax import gkd
@@ -83,12 +84,13 @@ def run_jax() -> sides.Figures:
   from puzzle_jax.model import decoder
 
   model, tokens = architecture(), random_tokens(architecture())
+  attention = "fast" if documents == 1 else "exact"
   config = gkd.GKDConfig(
-    steps=1000, learning_rate=_RATE, warmup_steps=0, dtype=_DTYPE.value, attention="fast", remat=_REMAT.value
+    steps=1000, learning_rate=_RATE, warmup_steps=0, dtype=_DTYPE.value, attention=attention, remat=_REMAT.value
   )
   parent, child = (jax.device_put(decoder.stacked(model, random_weights(model, seed))) for seed in (0, 1))
-  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-  batch = jax.device_put(PackedText(tokens, np.ones_like(tokens), positions))
+  document, position = np.divmod(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape[1] // documents)
+  batch = jax.device_put(PackedText(tokens, *(np.broadcast_to(row, tokens.shape) for row in (document + 1, position))))
   state = [gkd.State.first(child, config)]
 
   def step() -> None:
@@ -211,7 +213,7 @@ def run_torch() -> sides.Figures:
 def main(argv: list[str]) -> None:
   del argv
   if _SIDE.value:
-    print(json.dumps({"jax": run_jax, "torch": run_torch}[_SIDE.value]()))
+    print(json.dumps({"jax": run_jax, "jax_documents": lambda: run_jax(8), "torch": run_torch}[_SIDE.value]()))
     return
   model, tokens = architecture(), _ROWS.value * _TOKENS.value
   sides.compare(

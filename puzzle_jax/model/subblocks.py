@@ -29,6 +29,7 @@ class Context:
     cos_BTH, sin_BTH: rotary tables, fp32.
     segments_BT: document of each token (0: padding), or None for one document a row, which is the fast path.
     dtype: of the matrix products and of what a subblock adds, None for x's. Norms, softmax and rotary tables are fp32.
+    mapped: under `vmap`, whose rule for cuDNN's attention fails where heads share a mask (jax-ml/jax#34920).
   """
 
   positions_BT: jax.Array
@@ -36,6 +37,7 @@ class Context:
   sin_BTH: jax.Array
   segments_BT: jax.Array | None = None
   dtype: Any = flax.struct.field(pytree_node=False, default=None)
+  mapped: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def dot(equation: str, x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Array:
@@ -85,15 +87,21 @@ def _rotate(x_BTNH: jax.Array, context: Context) -> jax.Array:
   return out.astype(x_BTNH.dtype)
 
 
-def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
-  """Softmax attention; without a mask it is causal, and on GPUs flash attention (the dense mask is the exact path)."""
-  if mask_BTS is not None:
-    with _precision_of(q_BTNH.dtype):
-      return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
-  fast = jax.default_backend() == "gpu" and q_BTNH.dtype == jnp.bfloat16
-  implementation: Any = "cudnn" if fast else "xla"
+def _has_flash(dtype: Any) -> bool:
+  """Whether cuDNN's flash attention computes in this type here."""
+  return jax.default_backend() == "gpu" and dtype == jnp.bfloat16
+
+
+def _attend(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None, *, causal: bool = True
+) -> jax.Array:
+  """Softmax attention."""
+  implementation: Any = "cudnn" if causal and _has_flash(q_BTNH.dtype) else "xla"
+  mask = None if mask_BTS is None else mask_BTS[:, None]
   with _precision_of(q_BTNH.dtype):
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=implementation)
+    return jax.nn.dot_product_attention(
+      q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=implementation
+    )
 
 
 def _put(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -113,17 +121,20 @@ def _attend_cached(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array) -> 
   return dot("bkgts,bksh->btkgh", p_BKGTS.astype(v_BKSH.dtype), v_BKSH).reshape(batch, tokens, heads, size)
 
 
-def _attend_within(segments_BT: jax.Array, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-  """Causal attention within documents, exactly: block by block of queries against the keys up to the block's end, which
-  leaves out three eighths of a whole mask."""
-  tokens = q_BTNH.shape[1]
+def _attend_within(context: Context, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+  """Causal attention within documents: cuDNN's with a mask, or block by block of queries against the keys up to the
+  block's end, which leaves out three eighths of a whole mask."""
+  segments_BT, tokens = context.segments_BT, q_BTNH.shape[1]
+  assert segments_BT is not None
+  if _has_flash(q_BTNH.dtype) and not context.mapped:
+    return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT[:, :, None] == segments_BT[:, None])
   size = max(_LEAST_BLOCK, -(-tokens // _QUERY_BLOCKS))
   outputs = []
   for start in range(0, tokens, size):
     stop = min(start + size, tokens)
     causal = jnp.tril(jnp.ones((stop - start, stop), bool), k=start)
     mask = (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]) & causal[None]
-    outputs.append(_attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask))
+    outputs.append(_attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask, causal=False))
   return jnp.concatenate(outputs, axis=1)
 
 
@@ -173,9 +184,9 @@ class GQAttention(_Subblock):
       cache = {"k": _put(cache["k"], k, context.positions_BT), "v": _put(cache["v"], v, context.positions_BT)}
       y = _attend_cached(q, cache, context.positions_BT)
     elif context.segments_BT is not None:
-      y = _attend_within(context.segments_BT, q, k, v)
+      y = _attend_within(context, q, k, v)
     else:
-      y = _attend(q, k, v, None)
+      y = _attend(q, k, v)
     y_BTE = y.reshape(*q.shape[:2], self.config.q_size)
     y_BTD = self.output(y_BTE, p["o"])
     if "o_bias" in p:
