@@ -23,8 +23,15 @@ from puzzle_jax.search import Limits
 
 BASE = "base"
 TEXT = "texts/openstax_ccby.jsonl.gz"  # stands for --change.data.source in the arms that name sources
-STEPS = 200
-BLD = BLDConfig(steps=STEPS, batch_rows=32, learning_rate=5e-4, warmup_steps=20, dtype="bfloat16")
+STEPS = 400
+BLD = BLDConfig(
+  steps=STEPS,
+  batch_rows=16,
+  learning_rate=2e-3,
+  learning_rates=("attention.*=5e-3",),
+  warmup_steps=20,
+  dtype="bfloat16",
+)
 
 
 def _mix(*, cosine: float = 0.0, kl: float = 0.0, lm: float = 0.0, **others: Any) -> dict[str, dict[str, Any]]:

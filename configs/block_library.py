@@ -32,6 +32,11 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
   "truncated_no_fit_untrained": {"bld": {"init": "truncate", "least_squares": False, "steps": 0}},
   "random_no_fit": {"bld": {"init": "random", "least_squares": False}},
   "random_no_fit_untrained": {"bld": {"init": "random", "least_squares": False, "steps": 0}},
+  # As many tokens, in steps of a quarter of them.
+  "small_steps": {"bld": {"batch_rows": 8, "steps": 800}},
+  "rate_2e-3": {"bld": {"learning_rate": 2e-3}},
+  "small_steps_2e-3": {"bld": {"batch_rows": 8, "steps": 800, "learning_rate": 2e-3}},
+  "small_steps_5e-3": {"bld": {"batch_rows": 8, "steps": 800, "learning_rate": 5e-3}},
   "paper_loss": {"bld": {"loss": "paper"}},
   "attention_alone": {"bld": {"attention_target": "attention"}},
   "fp8_activations": {"activations": {"dtype": "float8"}},

@@ -92,7 +92,15 @@ def get_config() -> ml_collections.ConfigDict:
       activations=ActivationsConfig(batch_rows=16),
       # Without layers that have no FFN, a child runs in llama.cpp, too.
       space=SpaceConfig(ffn=(0.75, 0.5, 0.25, 0.1), engine="vllm"),
-      bld=BLDConfig(fit_tokens=131_072, steps=192, batch_rows=8, learning_rate=5e-4, warmup_steps=20, dtype="bfloat16"),
+      bld=BLDConfig(
+        fit_tokens=131_072,
+        steps=800,
+        batch_rows=4,
+        learning_rate=2e-3,
+        learning_rates=("attention.*=5e-3",),
+        warmup_steps=40,
+        dtype="bfloat16",
+      ),
       # Sums of subblocks' scores rank as pairs do (0.996, docs/search.md), at a third of the cost.
       scores=ScoresConfig(granularity="subblocks", batch_rows=32, precision="tensorfloat32"),
       costs=CostsConfig(
