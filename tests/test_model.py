@@ -218,7 +218,7 @@ def test_flash_attention_keeps_documents_apart_by_a_mask(model, packed, monkeypa
 
   dense = hidden()
   monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-  monkeypatch.setattr(subblocks, "_has_flash", lambda dtype: True)
+  monkeypatch.setattr(subblocks, "_has_flash", lambda q_BTNH: True)
   real = packed.segment_ids > 0
   close(hidden()[real], dense[real])
   assert set(called) == ({"xla"} if mapped else {"cudnn"})

@@ -87,16 +87,18 @@ def _rotate(x_BTNH: jax.Array, context: Context) -> jax.Array:
   return out.astype(x_BTNH.dtype)
 
 
-def _has_flash(dtype: Any) -> bool:
-  """Whether cuDNN's flash attention computes in this type here."""
-  return jax.default_backend() == "gpu" and dtype == jnp.bfloat16
+def _has_flash(q_BTNH: jax.Array) -> bool:
+  """Whether cuDNN's flash attention takes such queries here, with a mask, too."""
+  tokens, size = q_BTNH.shape[1], q_BTNH.shape[-1]
+  fits = q_BTNH.dtype == jnp.bfloat16 and tokens % 2 == 0 and size % 8 == 0 and size <= 128
+  return jax.default_backend() == "gpu" and fits
 
 
 def _attend(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None, *, causal: bool = True
 ) -> jax.Array:
-  """Softmax attention."""
-  implementation: Any = "cudnn" if causal and _has_flash(q_BTNH.dtype) else "xla"
+  """Softmax attention; by cuDNN where it can be, if causal."""
+  implementation: Any = "cudnn" if causal and _has_flash(q_BTNH) else "xla"
   mask = None if mask_BTS is None else mask_BTS[:, None]
   with _precision_of(q_BTNH.dtype):
     return jax.nn.dot_product_attention(
@@ -126,7 +128,7 @@ def _attend_within(context: Context, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSK
   block's end, which leaves out three eighths of a whole mask."""
   segments_BT, tokens = context.segments_BT, q_BTNH.shape[1]
   assert segments_BT is not None
-  if _has_flash(q_BTNH.dtype) and not context.mapped:
+  if _has_flash(q_BTNH) and not context.mapped:
     return _attend(q_BTNH, k_BSKH, v_BSKH, segments_BT[:, :, None] == segments_BT[:, None])
   size = max(_LEAST_BLOCK, -(-tokens // _QUERY_BLOCKS))
   outputs = []
