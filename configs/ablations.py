@@ -28,7 +28,7 @@ BLD = BLDConfig(
   steps=STEPS,
   batch_rows=16,
   learning_rate=2e-3,
-  learning_rates=("attention.*=5e-3",),
+  learning_rates=("attention.gqa*=5e-3",),
   warmup_steps=20,
   dtype="bfloat16",
 )

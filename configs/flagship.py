@@ -97,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
         steps=800,
         batch_rows=4,
         learning_rate=2e-3,
-        learning_rates=("attention.*=5e-3",),
+        learning_rates=("attention.gqa*=5e-3",),
         warmup_steps=40,
         dtype="bfloat16",
       ),
