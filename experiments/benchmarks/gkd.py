@@ -20,6 +20,8 @@ from experiments.benchmarks import sides
 from puzzle_jax import flops
 from puzzle_jax.arch import Architecture, BlockSpec, ModelConfig
 
+DOCUMENTS = {"jax": 1, "jax_documents": 8, "torch": 1}  # a row, by side
+
 _SHAPES = flags.DEFINE_enum("shapes", "smollm2", ["smollm2", "tiny"], "Of parent and child.")
 _ROWS = flags.DEFINE_integer("rows", 32, "Of a step.")
 _TOKENS = flags.DEFINE_integer("tokens", 2048, "A row.")
@@ -27,7 +29,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the
 _REMAT = flags.DEFINE_bool("remat", False, "Compute the inside of each block again in the backward pass, here.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Timed in a row.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "The fastest counts.")
-_SIDES = flags.DEFINE_list("sides", ["jax", "jax_documents", "torch"], "What to run.")
+_SIDES = flags.DEFINE_list("sides", list(DOCUMENTS), "What to run.")
 _SIDE = flags.DEFINE_string("side", "", "Run one side in this process and print its figures as JSON.")
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,8 +77,8 @@ def random_tokens(model: Architecture) -> np.ndarray:
   return np.random.default_rng(2).integers(model.config.vocab_size, size=shape, dtype=np.int32)
 
 
-def run_jax(documents: int = 1) -> sides.Figures:
-  """This project's step, on rows of so many documents."""
+def run_jax() -> sides.Figures:
+  """This project's step."""
   import jax
 
   from puzzle_jax import gkd
@@ -84,6 +86,7 @@ def run_jax(documents: int = 1) -> sides.Figures:
   from puzzle_jax.model import decoder
 
   model, tokens = architecture(), random_tokens(architecture())
+  documents = DOCUMENTS[_SIDE.value]
   attention = "fast" if documents == 1 else "exact"
   config = gkd.GKDConfig(
     steps=1000, learning_rate=_RATE, warmup_steps=0, dtype=_DTYPE.value, attention=attention, remat=_REMAT.value
@@ -213,14 +216,16 @@ def run_torch() -> sides.Figures:
 def main(argv: list[str]) -> None:
   del argv
   if _SIDE.value:
-    print(json.dumps({"jax": run_jax, "jax_documents": lambda: run_jax(8), "torch": run_torch}[_SIDE.value]()))
+    print(json.dumps((run_torch if _SIDE.value == "torch" else run_jax)()))
     return
   model, tokens = architecture(), _ROWS.value * _TOKENS.value
   sides.compare(
     "experiments.benchmarks.gkd",
     f"gkd_{_SHAPES.value}",
     flags=[f"--{f.name}={f.value}" for f in (_SHAPES, _ROWS, _TOKENS, _DTYPE, _REMAT, _STEPS, _REPEATS)],
-    needed=dict.fromkeys(_SIDES.value, flops.global_step(model, model, context=_TOKENS.value // 2)),
+    needed={
+      side: flops.global_step(model, model, context=_TOKENS.value // (2 * DOCUMENTS[side])) for side in _SIDES.value
+    },
     tokens=tokens,
     tolerance=1e-4 if _DTYPE.value == "float32" else 1e-2,
     details={"shapes": _SHAPES.value},
