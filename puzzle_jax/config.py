@@ -14,6 +14,7 @@ from typing import Any
 from puzzle_jax.bld import BLDConfig, CoupledConfig
 from puzzle_jax.costs import Scenario
 from puzzle_jax.costs.jax_timing import TimingConfig
+from puzzle_jax.data import documents
 from puzzle_jax.data.sampling import SamplingConfig
 from puzzle_jax.errors import PuzzleError, check_seed
 from puzzle_jax.evaluation.suite import task_name
@@ -82,7 +83,7 @@ class DataConfig:
   @property
   def sources(self) -> tuple[str, ...]:
     """Their names, one by one."""
-    return tuple(name.strip() for name in self.source.split(","))
+    return documents.named(self.source)
 
   @property
   def shares_by_part(self) -> dict[str, tuple[float, ...]]:

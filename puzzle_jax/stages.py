@@ -104,8 +104,7 @@ def _documents(run: Run, source: str) -> data.DocumentSource:
 def _parent_text(run: Run, tokens: Mapping[str, float]) -> data.DocumentSource:
   """Text that the parent writes, with at least so many tokens by part."""
   config = run.config.data
-  sources = config.sampling.sources if "text" in config.sampling.kinds else ()
-  texts = [_documents(run, source) for source in sources]
+  texts = [_documents(run, name) for name in config.sampling.sources if "text" in config.sampling.kinds]
   made_from = {
     "version": 2,  # raised when the code changes what is written
     "parent": run.parent.digest,

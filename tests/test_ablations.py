@@ -141,12 +141,7 @@ def test_an_arms_own_fields_stand():
   configs = {name: ablations.config_of(name, 1, changed) for name in config_file.ARMS}
   assert configs["base"].gkd.steps == 8
   assert configs["gkd_none"].gkd.steps == 0
-  assert [configs[name].bld.steps for name in ("base", "bld_half", "bld_quarter", "bld_none")] == [
-    20,
-    config_file.STEPS // 2,
-    config_file.STEPS // 4,
-    0,
-  ]
+  assert [configs[name].bld.steps for name in ("base", "bld_half", "bld_quarter", "bld_none")] == [20, 200, 100, 0]
   assert {name: configs[name].data.source for name in ("base", "data_parent", "data_mix")} == {
     "base": "mine.txt",
     "data_parent": "parent",

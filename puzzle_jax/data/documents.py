@@ -88,6 +88,11 @@ def load_documents(
   return split(source, rows, heldout_fraction=heldout_fraction, text_field=text_field, files=files)
 
 
+def named(sources: str) -> tuple[str, ...]:
+  """The sources of a list that is separated by commas."""
+  return tuple(name.strip() for name in sources.split(","))
+
+
 def of_files(source: str) -> bool:
   """Whether a source of `load_documents` names files."""
   return source != STDLIB and not source.startswith(_TFDS)

@@ -60,7 +60,7 @@ class SamplingConfig:
   @property
   def sources(self) -> tuple[str, ...]:
     """Of `prompts`, one by one."""
-    return tuple(name.strip() for name in self.prompts.split(","))
+    return documents.named(self.prompts)
 
   @property
   def part_documents(self) -> int:
